@@ -10,6 +10,8 @@ import sys
 import tempfile
 import time
 
+from IPython import get_ipython
+from IPython.display import display
 import matplotlib
 import matplotlib.pyplot as plt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -248,6 +250,23 @@ def GetCorrectPredCount(pred, target):
     return pred.argmax(dim=1).eq(target).sum()
 
 
+class NotebookLine:
+    """A file for tqdm that shows what it is given as one notebook output, replaced each time.
+
+    Printed, every refresh would stay in the saved notebook and its HTML page as a line.
+    """
+
+    def __init__(self):
+        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def write(self, text):
+        if text.strip():
+            self.handle.update({"text/plain": text.strip()}, raw=True)
+
+    def flush(self):
+        pass
+
+
 def train(model, device, train_loader, optimizer, criterion):
     """Train for one epoch; returns its mean loss per sample and its accuracy in per cent.
 
@@ -261,7 +280,8 @@ def train(model, device, train_loader, optimizer, criterion):
     losses = torch.zeros(len(train_loader), device=device)
     correct = torch.zeros((), dtype=torch.long, device=device)
     sizes = []
-    with tqdm(train_loader, file=sys.stdout) as bar:
+    in_notebook = hasattr(get_ipython(), "kernel")
+    with tqdm(train_loader, file=NotebookLine() if in_notebook else sys.stdout) as bar:
         for batch_id, (data, target) in enumerate(bar):
             data, target = data.to(device), target.to(device)
             optimizer.zero_grad()

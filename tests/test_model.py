@@ -1,0 +1,110 @@
+"""The networks, against the published layout written out layer by layer with torch.nn alone."""
+
+import pytest
+import torch
+from torch import nn
+
+import model as models
+import utils
+
+
+def block(i, o, k=3, p=0, drop=None):
+    layers = [nn.Conv2d(i, o, k, padding=p, bias=False), nn.ReLU(), nn.BatchNorm2d(o)]
+    return nn.Sequential(*layers, *([nn.Dropout(drop)] if drop else []))
+
+
+def alone(i, o, k):
+    return nn.Sequential(nn.Conv2d(i, o, k, bias=False))
+
+
+def published(name, drop=0.1):
+    """The published network as an ordered dictionary of its attributes."""
+    if name == "Model1":
+        last = [nn.Conv2d(10, 10, 1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Dropout(drop)]
+        layers = dict(
+            convblock1=block(1, 8, drop=drop), convblock2=block(8, 16, drop=drop),
+            convblock3=alone(16, 10, 1), pool1=nn.MaxPool2d(2, 2),
+            convblock4=block(10, 10, drop=drop), convblock5=block(10, 10, p=1, drop=drop),
+            pool2=nn.MaxPool2d(2, 2), convblock6=block(10, 10, p=1, drop=drop),
+            gap=nn.Sequential(nn.AvgPool2d(5)), convblock7=nn.Sequential(*last),
+        )
+    else:
+        layers = dict(
+            convblock1=block(1, 8), convblock2=block(8, 16), convblock3=alone(16, 10, 1),
+            pool1=nn.MaxPool2d(2, 2), convblock4=block(10, 10), convblock5=block(10, 16),
+            convblock6=block(16, 10), convblock7=block(10, 10), convblock8=block(10, 10),
+            convblock9=alone(10, 10, 2),
+        )
+    network = nn.Sequential()
+    for attribute, layer in layers.items():
+        network.add_module(attribute, layer)
+    return network
+
+
+@pytest.mark.parametrize("name", ["Model1", "Model2", "Model3"])
+@pytest.mark.parametrize("training", [True, False])
+def test_published_state_gives_the_same_output(name, training):
+    theirs, ours = published(name).double(), models.create_model(name).double()
+    images = torch.randn(16, 1, 28, 28).double()
+    theirs(images * 2 + 1)  # so that the running statistics are no longer 0 and 1
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.train(training), ours.train(training)
+    torch.manual_seed(3)
+    expected = torch.log_softmax(theirs(images).view(-1, 10), dim=-1)
+    torch.manual_seed(3)
+    torch.testing.assert_close(ours(images), expected)
+
+
+@pytest.mark.parametrize(
+    "name, count", [("Model1", 4312), ("Model2", 7524), ("Model3", 7524)]
+)
+def test_parameter_count(name, count):
+    assert sum(p.numel() for p in models.create_model(name).parameters()) == count
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_output_is_log_probabilities(name):
+    output = models.create_model(name)(torch.randn(4, 1, 28, 28))
+    assert output.shape == (4, 10)
+    torch.testing.assert_close(output.exp().sum(1), torch.ones(4))
+
+
+def test_an_unknown_name_lists_the_right_ones():
+    with pytest.raises(ValueError, match="'Model9'.*Model1, Model2, Model3") as error:
+        models.create_model("Model9")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, fields, mult_adds",
+    [
+        # by hand: r += (kernel - 1) · jump over the convolutions and pools, in order, and
+        # 72·26² + 1152·24² + 160·24² + 900·10² + 900·10² + 900·5² + 100, + 128 of BatchNorm
+        ("Model1", [3, 5, 5, 6, 10, 14, 16, 24, 40, 40], 1_007_112),
+        ("Model3", [3, 5, 5, 6, 10, 14, 18, 22, 26, 28], 1_056_944),
+    ],
+)
+def test_layer_table(name, fields, mult_adds):
+    rows = utils.layer_table(models.create_model(name))
+    spatial = [row for row in rows if "Conv" in row["layer"] or "Pool" in row["layer"]]
+    assert [row["receptive_field"] for row in spatial] == fields
+    assert sum(row["mult_adds"] for row in rows) == mult_adds
+    text = utils.summarise(models.create_model(name))
+    assert "Units" not in text and f"{mult_adds:,}" in text
+
+
+def test_receptive_field_by_gradient():
+    """Model3's fifth block sees 14 × 14 pixels: those that its middle output has a gradient on."""
+    network = models.create_model("Model3").eval()
+    image = torch.randn(1, 1, 28, 28, requires_grad=True)
+    x = image
+    for name, layer in network.named_children():
+        x = layer(x)
+        if name == "convblock5":
+            break
+    x[0, :, 4, 4].sum().backward()
+    seen = image.grad[0, 0].nonzero()
+    side = (seen.max(0).values - seen.min(0).values + 1).max().item()
+    row = next(r for r in utils.layer_table(network) if r["layer"].startswith("convblock5.0"))
+    assert side <= row["receptive_field"] == 14
+    assert side > 12  # ReLU and the pool may hide the rim
