@@ -673,7 +673,7 @@ def show_digits(images, captions, title):
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions):
-        axis.imshow(image.squeeze(), cmap="gray_r")
+        axis.imshow(image.squeeze().numpy(), cmap="gray_r")
         axis.set_title(caption, fontsize=9)
     return figure
 
@@ -722,7 +722,7 @@ def plot_confusion(mistakes, title, folder=None):
     """Counts by true and predicted digit, coloured by the mistakes, with per-digit accuracy."""
     figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
     wrong = mistakes.confusion.clone().fill_diagonal_(0)
-    axis.imshow(wrong, cmap="Oranges", vmax=max(2 * wrong.max().item(), 1))
+    axis.imshow(wrong.numpy(), cmap="Oranges", vmax=max(2 * wrong.max().item(), 1))
     for true in range(10):
         for predicted in range(10):
             count = mistakes.confusion[true, predicted].item()
@@ -741,10 +741,10 @@ def plot_prediction(image, probabilities, folder=None):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
     left.imshow(picture.convert("RGBA"))
     left.set(title="the picture", xticks=[], yticks=[])
-    middle.imshow(prepare_digit(image).squeeze(), cmap="gray_r")
+    middle.imshow(prepare_digit(image).squeeze().numpy(), cmap="gray_r")
     middle.set(title="what the network gets", xticks=[], yticks=[])
     best = probabilities.argmax().item()
-    right.bar(range(10), probabilities, color=[TEST_COLOUR if d == best else "lightgray" for d in range(10)])
+    right.bar(range(10), probabilities.tolist(), color=[TEST_COLOUR if d == best else "lightgray" for d in range(10)])
     right.set(title=f"prediction: {best} ({probabilities[best]:.1%})", xticks=range(10), ylim=(0, 1))
     right.set(xlabel="digit", ylabel="probability")
     finish(figure, "prediction", folder)

@@ -1,0 +1,203 @@
+"""Mistakes, pictures of digits, and figures: the numbers in them, not only that they are drawn."""
+
+import matplotlib.pyplot as plt
+from PIL import Image
+import pytest
+import torch
+from torch import nn
+
+from model import create_model
+import utils
+
+
+class Scripted(nn.Module):
+    """Answers with the log-probabilities it was given, image after image."""
+
+    def __init__(self, probabilities):
+        super().__init__()
+        self.answers = probabilities.log()
+        self.place = 0
+
+    def forward(self, x):
+        self.place += len(x)
+        return self.answers[self.place - len(x) : self.place]
+
+
+@pytest.fixture
+def mistakes(small):
+    """Six images, of which numbers 1, 3 and 4 are taken for something else, 4 most confidently."""
+    dataset = small(6)
+    dataset.targets = torch.tensor([0, 1, 2, 2, 9, 9])
+    predicted, probability = [0, 7, 2, 0, 4, 9], [0.9, 0.5, 0.6, 0.4, 0.8, 0.7]
+    answers = torch.stack([torch.full((10,), (1 - p) / 9) for p in probability])
+    answers[torch.arange(6), predicted] = torch.tensor(probability)
+    return dataset, utils.find_mistakes(Scripted(answers), "cpu", utils.BatchLoader(dataset, 4, "cpu"))
+
+
+def test_mistakes_are_found_and_sorted(mistakes):
+    dataset, found = mistakes
+    assert found.target.tolist() == [9, 1, 2]
+    assert found.predicted.tolist() == [4, 7, 0]
+    assert found.probability.tolist() == pytest.approx([0.8, 0.5, 0.4])
+    data = utils.BatchLoader(dataset, 6, "cpu").data
+    assert torch.equal(found.images, data[[4, 1, 3]])
+
+
+def test_confusion_and_accuracy_by_digit(mistakes):
+    found = mistakes[1]
+    expected = torch.zeros(10, 10, dtype=torch.long)
+    for true, predicted in [(0, 0), (1, 7), (2, 2), (2, 0), (9, 4), (9, 9)]:
+        expected[true, predicted] += 1
+    assert torch.equal(found.confusion, expected)
+    assert found.accuracy[[0, 1, 2, 9]].tolist() == [100, 0, 50, 50]
+
+
+def test_mistakes_are_captioned_true_to_predicted(mistakes):
+    utils.plot_mistakes(mistakes[1], "Model3 on MNIST")
+    captions = [axis.get_title() for axis in plt.gcf().axes]
+    assert captions[:4] == ["9→4  80%", "1→7  50%", "2→0  40%", ""]
+    assert "3 mistakes" in plt.gcf()._suptitle.get_text()
+
+
+def test_confusion_figure_shows_every_count(mistakes):
+    utils.plot_confusion(mistakes[1], "Model3 on MNIST")
+    axis = plt.gcf().axes[0]
+    shown = {text.get_position(): text.get_text() for text in axis.texts}
+    assert shown[7, 1] == "1" and shown[0, 0] == "1" and shown[5, 5] == "·"
+    assert axis.get_yticklabels()[2].get_text() == "2  (50.0 %)"
+
+
+def test_samples_are_the_first_images_with_their_labels(small):
+    dataset = small(20)
+    utils.plot_samples(dataset)
+    axes = plt.gcf().axes
+    assert [axis.get_title() for axis in axes] == [str(label.item()) for label in dataset.targets]
+    assert (axes[3].images[0].get_array() == dataset.data[3].numpy()).all()
+    assert "not MNIST" in plt.gcf()._suptitle.get_text()
+
+
+def test_curves_show_the_history_and_mark_the_best_epoch():
+    history = utils.History(
+        [0.5, 0.2, 0.1], [80.0, 90.0, 95.0], [0.3, 0.1, 0.2], [85.0, 96.5, 96.0], [0.1, 0.1, 0.01], [1, 1, 1]
+    )
+    utils.plot_history(history, "Model3 on MNIST")
+    loss, accuracy, rate = plt.gcf().axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in accuracy.lines}
+    assert lines["train"] == history.train_acc and lines["test"] == history.test_acc
+    assert lines["best: 96.50, epoch 2"] == [96.5]
+    assert [list(line.get_ydata()) for line in loss.lines] == [history.train_losses, history.test_losses]
+    assert list(rate.lines[0].get_ydata()) == history.learning_rates
+    assert all(axis.get_xlabel() == "epoch" and axis.get_ylabel() for axis in (loss, accuracy, rate))
+    assert "MNIST" in plt.gcf()._suptitle.get_text()
+
+
+def test_figures_are_saved_only_where_a_folder_is_given(small, tmp_path):
+    utils.plot_samples(small(20))
+    utils.plot_samples(small(20), tmp_path / "images")
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["samples.png"]
+
+
+def test_the_result_line():
+    history = utils.History([0.1] * 6, [98.0] * 6, [0.1] * 6, [99.1, 98.8, 99.2, 99.4, 99.3, 99.0], [0.1] * 6, [1] * 6)
+    line = utils.result_line(history, "Model3 on MNIST")
+    assert line.startswith("Model3 on MNIST: test accuracy 99.00 % after 6 epochs")
+    assert "worst of the last five 98.80 %, best 99.40 % (epoch 4)" in line
+
+
+# ---- one's own digit ----
+
+
+def bar(width=200, height=300, box=(80, 50, 110, 250), mode="L", ink=255, paper=0):
+    """A picture of one upright bar."""
+    image = Image.new(mode, (width, height), paper)
+    image.paste(ink, box)
+    return image
+
+
+def test_a_bar_is_scaled_to_20_and_centred_by_mass():
+    """200 × 30 pixels become 20 × 3, in the middle of 28 × 28: worked out by hand."""
+    pixels = (utils.prepare_digit(bar()) * utils.STD + utils.MEAN)[0, 0]
+    expected = torch.zeros(28, 28)
+    expected[4:24, 12:15] = 1
+    expected_shifted = torch.zeros(28, 28)
+    expected_shifted[4:24, 13:16] = 1  # a bar three wide has no middle in 28 columns
+    assert any(pixels.allclose(e, atol=1e-4) for e in (expected, expected_shifted))
+
+
+def test_the_centre_of_mass_is_the_middle_of_the_image():
+    picture = bar(box=(80, 50, 110, 250))
+    picture.paste(255, (110, 50, 180, 90))  # a flag at the top: the mass lies up and to the right
+    pixels = (utils.prepare_digit(picture) * utils.STD + utils.MEAN)[0, 0].clamp(min=0)
+    middle = [(pixels.sum(1 - d) * torch.arange(28)).sum() / pixels.sum() for d in (0, 1)]
+    assert all(abs(m - 13.5) <= 0.51 for m in middle)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        bar(ink=0, paper=255),
+        bar(mode="RGB", ink=(200, 30, 30), paper=(250, 240, 200)),
+        bar(mode="RGBA", ink=(0, 0, 0, 255), paper=(0, 0, 0, 0)),
+        bar(mode="RGBA", ink=(255, 255, 255, 255), paper=(255, 255, 255, 0)),
+        bar(mode="LA", ink=(0, 255), paper=(255, 0)),
+        bar(mode="1", ink=1),
+        bar(mode="CMYK", ink=(0, 0, 0, 255), paper=(0, 0, 0, 0)),
+        bar(mode="I", ink=60000, paper=100),
+        bar(mode="I;16", ink=60000, paper=100),
+        bar(mode="F", ink=1.0, paper=0.0),
+        bar().convert("P"),
+        bar(width=600, height=900, box=(330, 500, 360, 700)),
+        bar(width=40, height=40, box=(1, 1, 4, 21)),
+    ],
+    ids="inverted colour black-on-nothing white-on-nothing LA 1-bit CMYK I I;16 F palette off-centre small".split(),
+)
+def test_mode_polarity_and_place_make_no_difference(picture):
+    torch.testing.assert_close(utils.prepare_digit(picture), utils.prepare_digit(bar()), atol=0.02, rtol=0)
+
+
+def test_an_mnist_image_comes_back_as_it_was(small):
+    """Enlarged eight times and shifted, a centred digit is prepared to nearly the same pixels."""
+    glyph = utils.prepare_digit(Image.fromarray(small(1).data[0].numpy()))
+    pixels = ((glyph * utils.STD + utils.MEAN) * 255).round().byte()[0, 0]
+    large = Image.fromarray(pixels.numpy()).resize((224, 224), Image.BICUBIC)
+    paper = Image.new("L", (500, 400))
+    paper.paste(large, (200, 30))
+    difference = (utils.prepare_digit(paper) - glyph).abs() * utils.STD
+    assert difference.mean() < 0.02
+
+
+def test_predict_returns_the_models_probabilities(tmp_path):
+    bar().save(tmp_path / "bar.png")
+    model = create_model("Model3").train()
+    expected = model.eval()(utils.prepare_digit(bar())).exp()[0]
+    for image in (tmp_path / "bar.png", str(tmp_path / "bar.png"), bar()):
+        probabilities = utils.predict(model.train(), image)
+        assert probabilities.shape == (10,)
+        torch.testing.assert_close(probabilities, expected)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: folder / "none.png", "none.png does not exist: give the path of an image"),
+        (lambda folder: folder, "is not an image that can be read"),
+        (lambda folder: (folder / "a.txt").write_text("3") and folder / "a.txt", "a.txt is not an image"),
+        (lambda folder: Image.new("L", (50, 50), 128), "the image shows no digit"),
+        (lambda folder: Image.new("RGBA", (50, 50), (0, 0, 0, 0)), "the image shows no digit"),
+    ],
+    ids="missing folder text uniform transparent".split(),
+)
+def test_what_is_no_picture_of_a_digit_gives_one_line(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        utils.predict(create_model("Model3"), make(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_the_prediction_figure_shows_the_ten_probabilities():
+    probabilities = torch.tensor([0.01] * 9 + [0.91])
+    utils.plot_prediction(bar(), probabilities)
+    picture, prepared, bars = plt.gcf().axes
+    assert [patch.get_height() for patch in bars.patches] == pytest.approx(probabilities.tolist())
+    assert bars.get_title() == "prediction: 9 (91.0%)"
+    assert prepared.images[0].get_array().shape == (28, 28)
+    assert picture.images[0].get_array().shape[:2] == (300, 200)
