@@ -257,11 +257,14 @@ class NotebookLine:
     """
 
     def __init__(self):
-        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+        self.handle = None
 
     def write(self, text):
-        if text.strip():
-            self.handle.update({"text/plain": text.strip()}, raw=True)
+        output = {"text/plain": text.strip()}
+        if text.strip() and self.handle:
+            self.handle.update(output, raw=True)
+        elif text.strip():
+            self.handle = display(output, raw=True, display_id=True)
 
     def flush(self):
         pass

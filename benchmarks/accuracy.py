@@ -12,11 +12,13 @@ import argparse
 import csv
 import os
 from pathlib import Path
+import statistics
 import sys
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
@@ -28,6 +30,9 @@ COLUMNS = (
     "model schedule seed epoch learning_rate train_loss train_acc test_loss test_acc seconds"
     " device threads torch"
 ).split()
+
+PUBLISHED = {"Model1": (88.88, 98.53), "Model2": (99.50, 99.11), "Model3": (99.50, 99.28)}
+SCHEDULE_TEXT = {"constant": "constant", "described": "schedule as described"}
 
 
 def read_rows(path=CSV):
@@ -62,28 +67,133 @@ def run(name, schedule, seed, epochs, data, device, checkpoint):
     )
     hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     where = (hardware, torch.get_num_threads(), torch.__version__)
-    h = history
-    values = zip(h.learning_rates, h.train_losses, h.train_acc, h.test_losses, h.test_acc, h.seconds)
+    columns = ("learning_rates", "train_losses", "train_acc", "test_losses", "test_acc", "seconds")
+    values = zip(*(getattr(history, column) for column in columns))
     return [
-        dict(zip(COLUMNS, (name, schedule, seed, epoch, *map(lambda x: round(x, 6), row), *where)))
+        dict(zip(COLUMNS, (name, schedule, seed, epoch, *(round(x, 6) for x in row), *where)))
         for epoch, row in enumerate(values, 1)
     ]
+
+
+def recorded_runs(path=CSV):
+    """`{(model, schedule): [run, …]}`, a run being its rows' numbers by column, epoch after epoch.
+
+    Model3 under a constant rate is Model2 under a constant rate, so those runs stand under both.
+    """
+    runs = {}
+    for row in read_rows(path):
+        run = runs.setdefault((row["model"], row["schedule"]), {}).setdefault(row["seed"], {})
+        for column in COLUMNS[4:10]:
+            run.setdefault(column, []).append(float(row[column]))
+    runs = {key: list(by_seed.values()) for key, by_seed in runs.items()}
+    if ("Model2", "constant") in runs:
+        runs["Model3", "constant"] = runs["Model2", "constant"]
+    return runs
+
+
+def figures(runs, column):
+    """Best epoch, last epoch and worst of the last five, each over the runs."""
+    values = [run[column] for run in runs]
+    return [[pick(v) for v in values] for pick in (max, lambda v: v[-1], lambda v: min(v[-5:]))]
+
+
+def spread(values):
+    """Mean ± standard deviation (of the sample)."""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def model_table(name, runs):
+    """One model's accuracies by schedule, the published best epoch beside the best of ours."""
+    rows = []
+    for schedule in ("constant", "described"):
+        if (name, schedule) not in runs:
+            continue
+        for column, published in zip(("train_acc", "test_acc"), PUBLISHED.get(name, (None, None))):
+            best, last, worst = figures(runs[name, schedule], column)
+            row = [SCHEDULE_TEXT[schedule], column[:-4], *map(spread, (best, last, worst))]
+            row.append(f"{min(best):.2f} to {max(best):.2f}")
+            if published:
+                inside = min(best) <= published <= max(best)
+                row.append(f"{published:.2f}, {'inside' if inside else 'outside'}")
+            rows.append(row)
+    header = ["learning rate", "accuracy (%)", "best epoch", "last epoch", "worst of last five", "best epoch, by seed"]
+    return markdown(header + ["published best epoch"] * (name in PUBLISHED), rows)
+
+
+def overview(runs):
+    """All models side by side, under the schedule of their recipe."""
+    rows = []
+    for name in utils.RECIPES:
+        if (name, "described") not in runs:
+            continue
+        layers = utils.layer_table(create_model(name))
+        parameters, mult_adds = (f"{sum(layer[k] for layer in layers):,}" for k in ("parameters", "mult_adds"))
+        best, last, worst = figures(runs[name, "described"], "test_acc")
+        seconds = statistics.median(s for run in runs[name, "described"] for s in run["seconds"])
+        row = [name, parameters, mult_adds, layers[-1]["receptive_field"], *map(spread, (best, last, worst))]
+        rows.append([*row, f"{min(worst):.2f}", f"{seconds:.1f}"])
+    header = "model,parameters,mult-adds,receptive field,best epoch,last epoch,worst of last five".split(",")
+    return markdown([*header, "worst of all seeds", "seconds an epoch"], rows)
+
+
+def tables(path=CSV):
+    """Every table that the README takes from the recorded runs, by title."""
+    runs = recorded_runs(path)
+    by_model = {name: model_table(name, runs) for name in utils.RECIPES if (name, "described") in runs}
+    return {"All models": overview(runs), **by_model} if runs else {}
+
+
+def plot(name, runs, folder=ROOT / "images"):
+    """Train and test accuracy of every seed, thin, and their mean, strong, for each schedule."""
+    schedules = [schedule for schedule in ("constant", "described") if (name, schedule) in runs]
+    figure, axes = plt.subplots(
+        1, len(schedules), figsize=(5.2 * len(schedules), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, schedule in zip(axes[0], schedules):
+        seeds = runs[name, schedule]
+        for column, colour in (("train_acc", utils.TRAIN_COLOUR), ("test_acc", utils.TEST_COLOUR)):
+            lines = [run[column] for run in seeds]
+            epochs = range(1, len(lines[0]) + 1)
+            for line in lines:
+                axis.plot(epochs, line, color=colour, linewidth=0.7, alpha=0.6)
+            mean = [statistics.mean(values) for values in zip(*lines)]
+            axis.plot(epochs, mean, color=colour, linewidth=2.4, label=f"{column[:-4]}, mean of {len(seeds)} seeds")
+        axis.set(title=f"{name}: {SCHEDULE_TEXT[schedule]}", xlabel="epoch")
+        axis.set_ylim(min(min(run[c][1] for c in ("train_acc", "test_acc")) for run in seeds) - 0.3, 100)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right")
+    axes[0, 0].set_ylabel("accuracy (%)")
+    utils.finish(figure, name, folder)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=utils.RECIPES, default=list(utils.RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--schedules", nargs="+", choices=("constant", "described"), default=("constant", "described"))
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULE_TEXT, default=list(SCHEDULE_TEXT))
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--csv", type=Path, default=CSV, help="where the rows go")
+    parser.add_argument("--summary", action="store_true", help="print the README's tables")
+    parser.add_argument("--plot", action="store_true", help="draw images/ModelN.png")
     args = parser.parse_args()
+    if args.summary or args.plot:
+        for title, table in tables(args.csv).items() if args.summary else ():
+            print(f"\n{title}\n\n{table}")
+        for name in utils.RECIPES if args.plot else ():
+            plot(name, recorded_runs(args.csv))
+        return
     done = {(row["model"], row["schedule"], int(row["seed"])) for row in read_rows(args.csv)}
-    # Model3 under a constant rate is Model2 under a constant rate, so it is trained once
+    # a constant rate is what the published runs had; for Model3 it is Model2's
     todo = [
         (name, schedule, seed)
         for seed in args.seeds for name in args.models for schedule in args.schedules
-        if (name, schedule) != ("Model3", "constant") and (name, schedule, seed) not in done
+        if (schedule == "described" or name in ("Model1", "Model2"))
+        and (name, schedule, seed) not in done
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = utils.load_data(standin=False)

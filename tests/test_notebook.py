@@ -1,0 +1,110 @@
+"""The notebook: run from an empty folder, run again by nbval and compared, and read as committed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+SOURCE = json.loads((ROOT / "S7.ipynb").read_text())
+CODE = [cell for cell in SOURCE["cells"] if cell["cell_type"] == "code"]
+
+
+def git(*args, folder):
+    settings = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    subprocess.run(["git", *settings, *args], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory, data_folder):
+    """A folder that held only S7.ipynb, after a short run there, and the environment of that run.
+
+    REPO_URL is filled in, as a user of Colab would, with a repository made of the working tree.
+    """
+    repository = tmp_path_factory.mktemp("repository")
+    for name in ("model.py", "utils.py"):
+        shutil.copy(ROOT / name, repository)
+    shutil.copytree(ROOT / "images", repository / "images")
+    git("init", "--quiet", folder=repository)
+    git("add", ".", folder=repository)
+    git("commit", "--quiet", "-m", "copy", folder=repository)
+
+    folder = tmp_path_factory.mktemp("empty")
+    text = (ROOT / "S7.ipynb").read_text()
+    assert text.count(r'REPO_URL = \"\"') == 1
+    (folder / "S7.ipynb").write_text(text.replace(r'REPO_URL = \"\"', rf'REPO_URL = \"{repository}\"'))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("S7_")}
+    environment |= {"S7_EPOCHS": "1", "S7_STANDIN": "1", "MNIST_ROOT": str(data_folder)}
+    convert = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", "S7.ipynb"]
+    result = subprocess.run(convert, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder, environment
+
+
+def outputs(path):
+    cells = json.loads(path.read_text())["cells"]
+    return [output for cell in cells for output in cell.get("outputs", [])]
+
+
+def text_of(path):
+    parts = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs(path)]
+    return "".join("".join(part) for part in parts)
+
+
+def test_alone_in_an_empty_folder_it_runs_to_the_end(executed):
+    folder, _ = executed
+    text = text_of(folder / "S7.ipynb")
+    assert "THIS IS NOT MNIST" in text and "on stand-in digits (not MNIST): test accuracy" in text
+    assert (folder / "checkpoints").is_dir()
+    assert sorted(p.name for p in (folder / "images").iterdir()) == sorted(
+        p.name for p in (ROOT / "images").iterdir()
+    )  # a short run draws figures but saves none
+
+
+def test_an_epoch_leaves_one_line(executed):
+    bars = re.findall(r".*\d+%\|.*", text_of(executed[0] / "S7.ipynb"))
+    assert len(bars) == 1 and "100%" in bars[0] and re.search(r"Train: Loss=\S+ Batch_id=468 Accuracy=", bars[0])
+
+
+def test_run_again_it_prints_the_same(executed):
+    """nbval, strictly: every cell's output but pictures and the progress bar's times."""
+    folder, environment = executed
+    flags = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", str(ROOT / "tests" / "sanitize.cfg")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *flags, "S7.ipynb"]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert f"{len(CODE)} passed" in result.stdout
+
+
+def test_without_a_repository_it_says_what_to_do(tmp_path):
+    setup = "".join(CODE[0]["source"])
+    result = subprocess.run([sys.executable, "-c", setup], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stderr.strip().splitlines()[-1].endswith("give the repository's address as REPO_URL above")
+
+
+def test_nothing_is_ignored_by_nbval():
+    assert not any("NBVAL" in "".join(cell["source"]) for cell in CODE)
+
+
+def test_cells_are_short_and_explained():
+    for before, cell in zip(SOURCE["cells"], SOURCE["cells"][1:]):
+        if cell["cell_type"] == "code":
+            assert len(cell["source"]) <= 15
+
+
+def test_the_committed_notebook_is_one_full_run_on_mnist():
+    assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
+    assert not any(o["output_type"] == "error" for cell in CODE for o in cell["outputs"])
+    assert "widgets" not in SOURCE["metadata"]
+    assert SOURCE["metadata"]["accelerator"] == "GPU" and SOURCE["metadata"]["colab"]["gpuType"] == "T4"
+    text = text_of(ROOT / "S7.ipynb")
+    assert re.findall(r"EPOCH: (\d+)", text) == [str(epoch) for epoch in range(1, 16)]
+    assert len(re.findall(r"Test set: Average loss: .*/10000", text)) == 15
+    assert "MNIST: 60,000 train and 10,000 test images" in text and "NOT MNIST" not in text
+    figures = [o for o in outputs(ROOT / "S7.ipynb") if "image/png" in o.get("data", {})]
+    assert len(figures) == 5
