@@ -409,12 +409,14 @@ def fit(
 
     def snapshot(history, best):
         state = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
-        return dict(state, settings=settings, history=asdict(history), best=best, random=random_state())
+        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        return dict(state, settings=settings, history=asdict(history), best=best, random=random)
 
     def restore(state):
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        set_random_state(state["random"])
+        torch.set_rng_state(state["random"][0])
+        torch.cuda.set_rng_state_all(state["random"][1:])
 
     state = snapshot(History(), None)
     if checkpoint:
@@ -469,17 +471,6 @@ def describe_run(train_loader, epochs, seed, average, model, optimizer, schedule
         "augment": getattr(train_loader, "augment", None),
         "data": type(train_loader.dataset).__name__,
     }
-
-
-def random_state():
-    """The state of the random numbers on the CPU and, where there is one, on the GPU."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-
-
-def set_random_state(state):
-    """Undo what has been drawn since `random_state`."""
-    torch.set_rng_state(state[0])
-    torch.cuda.set_rng_state_all(state[1:])
 
 
 def save_atomically(state, path):
