@@ -3,6 +3,7 @@
 import copy
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
+import math
 import os
 from pathlib import Path
 import socket
@@ -256,6 +257,8 @@ class NotebookLine:
     Printed, every refresh would stay in the saved notebook and its HTML page as a line.
     """
 
+    encoding = "utf-8"  # lets tqdm draw its bar in blocks
+
     def __init__(self):
         self.handle = None
 
@@ -429,6 +432,8 @@ def fit(
             started, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
             trained = train(model, device, train_loader, optimizer, F.nll_loss)
             results = test(tested, device, test_loader, F.nll_loss)
+            if not math.isfinite(results[0]):
+                raise FloatingPointError(f"testing: the loss is {results[0]}")
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(results[0])
             elif not per_batch:
@@ -739,19 +744,18 @@ def plot_prediction(image, probabilities, folder=None):
     middle.set(title="what the network gets", xticks=[], yticks=[])
     best = probabilities.argmax().item()
     right.bar(range(10), probabilities.tolist(), color=[TEST_COLOUR if d == best else "lightgray" for d in range(10)])
-    right.set(title=f"prediction: {best} ({probabilities[best]:.1%})", xticks=range(10), ylim=(0, 1))
+    right.set(title=f"prediction: {best} ({probabilities[best]:.1%})", xticks=range(10), ylim=(0, 1.05))
     right.set(xlabel="digit", ylabel="probability")
     finish(figure, "prediction", folder)
 
 
 def result_line(history, title):
-    """The outcome of a run in one line: best, last and worst of the last five test accuracies."""
+    """The outcome of a run in one line: last, worst of the last five and best test accuracy."""
     accuracy = history.test_acc
     if not accuracy:
         return f"{title}: no whole epoch"
     best = max(accuracy)
     return (
-        f"{title}: test accuracy {accuracy[-1]:.2f} % after {len(accuracy)} epochs, worst of the last five"
-        f" {min(accuracy[-5:]):.2f} %, best {best:.2f} % (epoch {accuracy.index(best) + 1});"
-        f" train accuracy {history.train_acc[-1]:.2f} %"
+        f"{title}: test {accuracy[-1]:.2f} % after epoch {len(accuracy)}, worst of the last five"
+        f" {min(accuracy[-5:]):.2f} %, best {best:.2f} % (epoch {accuracy.index(best) + 1})"
     )

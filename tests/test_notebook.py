@@ -59,7 +59,7 @@ def text_of(path):
 def test_alone_in_an_empty_folder_it_runs_to_the_end(executed):
     folder, _ = executed
     text = text_of(folder / "S7.ipynb")
-    assert "THIS IS NOT MNIST" in text and "on stand-in digits (not MNIST): test accuracy" in text
+    assert "THIS IS NOT MNIST" in text and "on stand-in digits (not MNIST): test " in text
     assert (folder / "checkpoints").is_dir()
     assert sorted(p.name for p in (folder / "images").iterdir()) == sorted(
         p.name for p in (ROOT / "images").iterdir()
@@ -94,7 +94,7 @@ def test_nothing_is_ignored_by_nbval():
 def test_cells_are_short_and_explained():
     for before, cell in zip(SOURCE["cells"], SOURCE["cells"][1:]):
         if cell["cell_type"] == "code":
-            assert len(cell["source"]) <= 15
+            assert before["cell_type"] == "markdown" and len(cell["source"]) <= 15
 
 
 def test_the_committed_notebook_is_one_full_run_on_mnist():

@@ -213,6 +213,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, epoch, batch, 
     assert (tmp_path / "run.pt").exists() == (epoch > 1)
 
 
+def test_a_test_loss_that_is_not_finite_stops_the_run(small, monkeypatch):
+    """The last step of an epoch can break the weights when every train loss was still finite."""
+    losses = iter([0.5, float("nan")])
+    monkeypatch.setattr(utils, "test", lambda *_: (next(losses), 50.0))
+    with pytest.raises(FloatingPointError, match="epoch 2, testing: the loss is nan"):
+        run(small(200), small(100))
+
+
 @pytest.mark.parametrize("epoch, batch", [(1, 1), (3, 2)])
 def test_interrupted_by_hand_whole_epochs_are_kept(small, epoch, batch, capsys):
     import signal
