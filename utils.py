@@ -391,8 +391,8 @@ def fit(
     `checkpoint` names a file that is replaced, atomically, after every epoch; a file already there
     is kept as `*.previous` unless `resume` is true, which goes on after its last whole epoch.
     Interrupted by hand, `fit` returns the whole epochs. Raises ValueError for bad arguments or a
-    checkpoint of other settings, FloatingPointError when a loss is not finite; in both of the last
-    cases, and when interrupted, `model` holds its state after the last whole epoch.
+    checkpoint of other settings, FloatingPointError when a loss is not finite. Then, as when
+    interrupted, `model` holds its state after the last whole epoch.
     """
     check_run(model, device, train_loader, test_loader, epochs)
     torch.manual_seed(seed)
@@ -449,7 +449,7 @@ def fit(
             if checkpoint:
                 save_atomically(state, checkpoint)
     except KeyboardInterrupt:
-        print(f"\nInterrupted in epoch {epoch}: {epoch - 1} whole epochs are kept")
+        print(f"\nInterrupted: {len(state['history']['test_acc'])} whole epochs are kept")
         restore(state)
     except FloatingPointError as error:
         restore(state)

@@ -122,10 +122,10 @@ def main():
     augment = utils.RECIPES[args.model].get("augment")
     timed = list(variants(args, args.device, train_set, test_set, augment))
     seconds = [[] for _ in timed]
-    for round_ in tqdm(range(args.rounds + 1), desc="rounds, the first to warm up"):
+    for round_ in tqdm(range(args.rounds), desc="rounds"):
         for times, (_, _, function, loader) in zip(seconds, timed):
             times.append(measure(function, loader, args.model, args.device))
-    median = [statistics.median(times[1:]) for times in seconds]
+    median = [statistics.median(times) for times in seconds]
     of = {(phase, variant): value for (phase, variant, *_), value in zip(timed, median)}
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

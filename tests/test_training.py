@@ -233,7 +233,7 @@ def test_interrupted_by_hand_whole_epochs_are_kept(small, epoch, batch, capsys):
     _, start = fit_counting(small(200), stop)
     history = start()
     assert {len(values) for values in vars(history).values()} == {epoch - 1}
-    assert f"Interrupted in epoch {epoch}: {epoch - 1} whole" in capsys.readouterr().out
+    assert f"Interrupted: {epoch - 1} whole epochs" in capsys.readouterr().out
     utils.plot_history(history, "interrupted")
     assert ("no whole epoch" in utils.result_line(history, "run")) == (epoch == 1)
 
