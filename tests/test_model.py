@@ -56,7 +56,8 @@ def test_published_state_gives_the_same_output(name, training):
 
 
 @pytest.mark.parametrize(
-    "name, count", [("Model1", 4312), ("Model2", 7524), ("Model3", 7524)]
+    "name, count",
+    [("Model1", 4312), ("Model2", 7524), ("Model3", 7524), ("Model4", 6834), ("Model5", 4194)],
 )
 def test_parameter_count(name, count):
     assert sum(p.numel() for p in models.create_model(name).parameters()) == count
@@ -82,6 +83,7 @@ def test_an_unknown_name_lists_the_right_ones():
         # 72·26² + 1152·24² + 160·24² + 900·10² + 900·10² + 900·5² + 100, + 128 of BatchNorm
         ("Model1", [3, 5, 5, 6, 10, 14, 16, 24, 40, 40], 1_007_112),
         ("Model3", [3, 5, 5, 6, 10, 14, 18, 22, 26, 28], 1_056_944),
+        ("Model4", [3, 5, 7, 8, 12, 16, 20, 28, 28], 1_022_340),
     ],
 )
 def test_layer_table(name, fields, mult_adds):
