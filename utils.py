@@ -358,8 +358,8 @@ def make_optimizer(model, recipe, epochs, steps_per_epoch):
         raise ValueError(f"unknown scheduler {name!r}: choose one of {', '.join(SCHEDULERS)}")
     optimizer = torch.optim.SGD(model.parameters(), **recipe["optimizer"])
     if name == "OneCycleLR":
-        total = dict(max_lr=recipe["optimizer"]["lr"], total_steps=epochs * steps_per_epoch)
-        options = {**options, **total}
+        steps = max(1, epochs * steps_per_epoch)  # `fit` refuses a run without steps, and says why
+        options = {**options, "max_lr": recipe["optimizer"]["lr"], "total_steps": steps}
     return optimizer, getattr(torch.optim.lr_scheduler, name)(optimizer, **options)
 
 
@@ -705,7 +705,7 @@ def plot_history(history, title, folder=None):
         epoch = history.test_acc.index(best) + 1
         accuracy.plot(epoch, best, "*", color="black", markersize=11, label=f"best: {best:.2f}, epoch {epoch}")
     rate.plot(epochs, history.learning_rates, "-o", color="black", markersize=3)
-    rate.set(xlabel="epoch", ylabel="learning rate (first batch)", ylim=(0, None))
+    rate.set(xlabel="epoch", ylabel="learning rate at the start", ylim=(0, None))
     for axis in (loss, accuracy, rate):
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)

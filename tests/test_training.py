@@ -269,9 +269,11 @@ def test_bad_arguments_are_refused_before_training(small, monkeypatch, change, m
             dataset.data, dataset.targets = dataset.data[:0], dataset.targets[:0]
     model = change.get("model") or create_model("Model3")
     loaders = utils.make_loaders(train_set, test_set, STEP, "cpu", 50)
-    optimizer, scheduler = utils.make_optimizer(model, STEP, 3, 2)
-    with pytest.raises(ValueError, match=message) as error:
-        utils.fit(model, "cpu", *loaders, optimizer, scheduler, change.get("epochs", 3))
+    epochs = change.get("epochs", 3)
+    for recipe in (STEP, CYCLE):
+        optimizer, scheduler = utils.make_optimizer(model, recipe, epochs, len(loaders[0]))
+        with pytest.raises(ValueError, match=message) as error:
+            utils.fit(model, "cpu", *loaders, optimizer, scheduler, epochs)
     assert "\n" not in str(error.value)
 
 
