@@ -41,7 +41,9 @@ RECIPES = {
     "Model2": dict(optimizer=_SGD, scheduler=_STEP),
     "Model3": dict(optimizer=_SGD, scheduler=("ReduceLROnPlateau", _PLATEAU)),
     "Model4": dict(optimizer=_NESTEROV, scheduler=_CYCLE, augment=_AUGMENT, average=0.99),
-    "Model5": dict(optimizer=_NESTEROV, scheduler=_CYCLE, augment=_AUGMENT, average=0.99),
+    "Model5": dict(
+        optimizer=_NESTEROV, scheduler=_CYCLE, augment=dict(degrees=7, shift=0.05, scale=0.05), average=0.99
+    ),
 }
 
 MNIST_MD5 = {  # of the four original files, unpacked, in the order of torchvision's `resources`

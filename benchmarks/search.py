@@ -58,6 +58,7 @@ TRIED = [
     {"layers": "8 10 10 P 14 16 16", "weight_decay": 0.0005},
     {"weight_decay": 0.001},
     {"layers": "6 10 10 P 14 14 14 w5", "weight_decay": 0.0005},
+    {"layers": "6 8 8 P 10 10 14"},
 ]
 
 
