@@ -81,18 +81,19 @@ def our_test(model, device, loader, optimizer, criterion):
 def variants(args, device, train_set, test_set, augment):
     """`(pass, variant, function, loader)` of everything that is timed."""
     workers = (0, 4) if device == "cuda" else (0, 2)
-    plain_train, plain_test = (utils.BatchLoader(s, b, device) for s, b in ((train_set, args.batch), (test_set, 500)))
-    ours = utils.BatchLoader(train_set, args.batch, device, shuffle=True, augment=augment)
-    part = utils.BatchLoader(tenth(train_set), args.batch, device, shuffle=True, augment=augment)
+    recipe = utils.RECIPES[args.model]
+    ours, our_test_loader = utils.make_loaders(train_set, test_set, recipe, device, args.batch)
+    part, _ = utils.make_loaders(tenth(train_set), tenth(test_set), recipe, device, args.batch)
     for count in workers:
         name = f"A usual, {count} workers"
         yield "train", name, utils.train, usual_loader(train_set, augment, args.batch, count, device, True)
         yield "test", name, our_test, usual_loader(test_set, None, args.batch, count, device, False)
     yield "train", "B ours", utils.train, ours
-    yield "test", "B ours", our_test, plain_test
+    yield "test", "B ours", our_test, our_test_loader
     yield "train", "B ours, a tenth of the data", utils.train, part
-    yield "train", "C floor", floor, list(plain_train)
-    yield "test", "C floor", test_floor, list(plain_test)
+    for phase, function, loader in (("train", floor, ours), ("test", test_floor, our_test_loader)):
+        batches = zip(loader.data.split(loader.batch_size), loader.target.split(loader.batch_size))
+        yield phase, "C floor", function, list(batches)
 
 
 def measure(function, loader, name, device):
