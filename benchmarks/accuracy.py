@@ -207,7 +207,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=utils.RECIPES, default=list(utils.RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--schedules", nargs="+", choices=[*SCHEDULE_TEXT, *STEPS], default=list(SCHEDULE_TEXT))
+    parser.add_argument("--schedules", nargs="+", choices=list({**SCHEDULE_TEXT, **STEPS}), default=list(SCHEDULE_TEXT))
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--csv", type=Path, default=CSV, help="where the rows go")
     parser.add_argument("--summary", action="store_true", help="print the README's tables")
