@@ -125,7 +125,9 @@ class StandIn(datasets.MNIST):
     def download(self):
         make_folder(self.raw_folder)
         for part, count in (("train", 60_000), ("t10k", 10_000)):
-            paths = [Path(self.raw_folder) / f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+            paths = [
+                Path(self.raw_folder) / f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")
+            ]
             sizes = [path.stat().st_size if path.exists() else 0 for path in paths]
             if sizes != [16 + count * 28 * 28, 8 + count]:
                 for path, values in zip(paths, draw_digits(count)):
@@ -385,8 +387,17 @@ def check_run(model, device, train_loader, test_loader, epochs):
 
 
 def fit(
-    model, device, train_loader, test_loader, optimizer, scheduler, epochs, seed=1,
-    average=None, checkpoint=None, resume=False,
+    model,
+    device,
+    train_loader,
+    test_loader,
+    optimizer,
+    scheduler,
+    epochs,
+    seed=1,
+    average=None,
+    checkpoint=None,
+    resume=False,
 ):
     """Train for `epochs` epochs, testing after each, and return the run's `History`.
 
@@ -567,8 +578,12 @@ def layer_table(model):
         jump *= stride
         rows.append(
             dict(
-                layer=f"{names[layer.module]} {layer.class_name}", output=list(layer.output_size[1:]), kernel=kernel,
-                parameters=layer.trainable_params, mult_adds=layer.macs, receptive_field=receptive_field,
+                layer=f"{names[layer.module]} {layer.class_name}",
+                output=list(layer.output_size[1:]),
+                kernel=kernel,
+                parameters=layer.trainable_params,
+                mult_adds=layer.macs,
+                receptive_field=receptive_field,
             )
         )
     return rows
@@ -593,7 +608,8 @@ def prepare_digit(image):
 
     `image` is a path or a PIL image of any size, colour mode and polarity, transparent or not.
     The digit is cropped, scaled to fit 20×20 and its centre of mass put on pixel (14, 14) of 28×28
-    (http://yann.lecun.com/exdb/mnist; the pixel measured on the test images). ValueError, in one line, where there is none to be seen.
+    (http://yann.lecun.com/exdb/mnist; the pixel was measured on the test images). ValueError, in one
+    line, where there is no digit to be seen.
     """
     name = "the image" if isinstance(image, Image.Image) else image
     try:
@@ -687,7 +703,9 @@ def show_digits(images, captions, title):
 
 def plot_samples(dataset, folder=None):
     """The first 20 images of a data set with their labels."""
-    figure = show_digits(dataset.data[:20], dataset.targets[:20].tolist(), f"{dataset.title}: images and labels")
+    figure = show_digits(
+        dataset.data[:20], dataset.targets[:20].tolist(), f"{dataset.title}: images and labels"
+    )
     finish(figure, "samples", folder)
 
 
@@ -706,7 +724,9 @@ def plot_history(history, title, folder=None):
     if history.test_acc:
         best = max(history.test_acc)
         epoch = history.test_acc.index(best) + 1
-        accuracy.plot(epoch, best, "*", color="black", markersize=11, label=f"best: {best:.2f}, epoch {epoch}")
+        accuracy.plot(
+            epoch, best, "*", color="black", markersize=11, label=f"best: {best:.2f}, epoch {epoch}"
+        )
     rate.plot(epochs, history.learning_rates, "-o", color="black", markersize=3)
     rate.set(xlabel="epoch", ylabel="learning rate at the start", ylim=(0, None))
     for axis in (loss, accuracy, rate):
@@ -751,7 +771,11 @@ def plot_prediction(image, probabilities, folder=None):
     middle.imshow(prepare_digit(image).squeeze().numpy(), cmap="gray_r")
     middle.set(title="what the network gets", xticks=[], yticks=[])
     best = probabilities.argmax().item()
-    right.bar(range(10), probabilities.tolist(), color=[TEST_COLOUR if d == best else "lightgray" for d in range(10)])
+    right.bar(
+        range(10),
+        probabilities.tolist(),
+        color=[TEST_COLOUR if d == best else "lightgray" for d in range(10)],
+    )
     right.set(title=f"prediction: {best} ({probabilities[best]:.1%})", xticks=range(10), ylim=(0, 1.05))
     right.set(xlabel="digit", ylabel="probability")
     finish(figure, "prediction", folder)

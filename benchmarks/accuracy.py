@@ -45,7 +45,10 @@ STEPS = {
     "augment": ("augmentation", _AUGMENT),
     "decay": ("weight decay 0.0005", {**_AUGMENT, "optimizer": _FOUR["optimizer"]}),
     "described": ("average of the weights: Model4", _FOUR),
-    "steplr": ("Model4 with StepLR instead", {**_FOUR, "scheduler": ("StepLR", dict(step_size=4, gamma=0.2))}),
+    "steplr": (
+        "Model4 with StepLR instead",
+        {**_FOUR, "scheduler": ("StepLR", dict(step_size=4, gamma=0.2))},
+    ),
 }
 
 
@@ -76,8 +79,17 @@ def run(name, schedule, seed, epochs, data, device, checkpoint):
     train_loader, test_loader = utils.make_loaders(*data, recipe, device)
     optimizer, scheduler = utils.make_optimizer(model, recipe, epochs, len(train_loader))
     history = utils.fit(
-        model, device, train_loader, test_loader, optimizer, scheduler, epochs, seed,
-        average=recipe.get("average"), checkpoint=checkpoint, resume=True,
+        model,
+        device,
+        train_loader,
+        test_loader,
+        optimizer,
+        scheduler,
+        epochs,
+        seed,
+        average=recipe.get("average"),
+        checkpoint=checkpoint,
+        resume=True,
     )
     if len(history.test_acc) < epochs:
         sys.exit("stopped: the same command goes on from here")
@@ -137,7 +149,14 @@ def model_table(name, runs):
                 inside = min(best) <= published <= max(best)
                 row.append(f"{published:.2f}, {'inside' if inside else 'outside'}")
             rows.append(row)
-    header = ["learning rate", "accuracy (%)", "best epoch", "last epoch", "worst of last five", "best epoch, by seed"]
+    header = [
+        "learning rate",
+        "accuracy (%)",
+        "best epoch",
+        "last epoch",
+        "worst of last five",
+        "best epoch, by seed",
+    ]
     return markdown(header + ["published best epoch"] * (name in PUBLISHED), rows)
 
 
@@ -148,7 +167,9 @@ def overview(runs):
         if (name, "described") not in runs:
             continue
         layers = utils.layer_table(create_model(name))
-        parameters, mult_adds = (f"{sum(layer[k] for layer in layers):,}" for k in ("parameters", "mult_adds"))
+        parameters, mult_adds = (
+            f"{sum(layer[k] for layer in layers):,}" for k in ("parameters", "mult_adds")
+        )
         best, last, worst = figures(runs[name, "described"], "test_acc")
         seconds = statistics.median(s for run in runs[name, "described"] for s in run["seconds"])
         row = [name, parameters, mult_adds, layers[-1]["receptive_field"], *map(spread, (best, last, worst))]
@@ -184,7 +205,12 @@ def plot(name, runs, folder=ROOT / "images"):
     """Train and test accuracy of every seed, thin, and their mean, strong, for each schedule."""
     schedules = [schedule for schedule in ("constant", "described") if (name, schedule) in runs]
     figure, axes = plt.subplots(
-        1, len(schedules), figsize=(5.2 * len(schedules), 3.6), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(schedules),
+        figsize=(5.2 * len(schedules), 3.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, schedule in zip(axes[0], schedules):
         seeds = runs[name, schedule]
@@ -194,7 +220,9 @@ def plot(name, runs, folder=ROOT / "images"):
             for line in lines:
                 axis.plot(epochs, line, color=colour, linewidth=0.7, alpha=0.6)
             mean = [statistics.mean(values) for values in zip(*lines)]
-            axis.plot(epochs, mean, color=colour, linewidth=2.4, label=f"{column[:-4]}, mean of {len(seeds)} seeds")
+            axis.plot(
+                epochs, mean, color=colour, linewidth=2.4, label=f"{column[:-4]}, mean of {len(seeds)} seeds"
+            )
         axis.set(title=f"{name}: {SCHEDULE_TEXT[schedule]}", xlabel="epoch")
         axis.set_ylim(min(min(run[c][1] for c in ("train_acc", "test_acc")) for run in seeds) - 0.3, 100)
         axis.grid(alpha=0.3)
@@ -207,7 +235,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=utils.RECIPES, default=list(utils.RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--schedules", nargs="+", choices=list({**SCHEDULE_TEXT, **STEPS}), default=list(SCHEDULE_TEXT))
+    parser.add_argument(
+        "--schedules", nargs="+", choices=list({**SCHEDULE_TEXT, **STEPS}), default=list(SCHEDULE_TEXT)
+    )
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--csv", type=Path, default=CSV, help="where the rows go")
     parser.add_argument("--summary", action="store_true", help="print the README's tables")
@@ -222,7 +252,9 @@ def main():
     # a constant rate is what the published runs had; for Model3 it is Model2's
     wanted = [
         (name, schedule, seed)
-        for seed in args.seeds for name in args.models for schedule in args.schedules
+        for seed in args.seeds
+        for name in args.models
+        for schedule in args.schedules
         if schedule == "described"
         or (name in ("Model1", "Model2") if schedule == "constant" else name == "Model4")
     ]

@@ -34,7 +34,9 @@ from model import MODELS, create_model
 import utils
 
 CSV = ROOT / "benchmarks" / "epoch_time.csv"
-COLUMNS = "model augment pass variant images batch seconds to_usual to_floor peak_mb device threads torch".split()
+COLUMNS = (
+    "model augment pass variant images batch seconds to_usual to_floor peak_mb device threads torch".split()
+)
 
 
 def usual_loader(dataset, augment, batch_size, workers, device, shuffle):
@@ -44,9 +46,7 @@ def usual_loader(dataset, augment, batch_size, workers, device, shuffle):
         shift, scale = augment["shift"], augment["scale"]
         steps.insert(0, transforms.RandomAffine(augment["degrees"], (shift, shift), (1 - scale, 1 + scale)))
     dataset.transform = transforms.Compose(steps)
-    return DataLoader(
-        dataset, batch_size, shuffle=shuffle, num_workers=workers, pin_memory=device == "cuda"
-    )
+    return DataLoader(dataset, batch_size, shuffle=shuffle, num_workers=workers, pin_memory=device == "cuda")
 
 
 def tenth(dataset):
@@ -134,10 +134,22 @@ def main():
     for (phase, variant), value in of.items():
         count = len(train_set if phase == "train" else test_set) // (10 if "tenth" in variant else 1)
         ratios = value / of[phase, "A usual, 0 workers"], value / of[phase, "C floor"]
-        cells = (args.model, int(bool(augment)), phase, variant, count, args.batch, *(f"{x:.3f}" for x in (value, *ratios)))
-        rows.append(dict(zip(COLUMNS, map(str, (*cells, peak, hardware, torch.get_num_threads(), torch.__version__)))))
+        cells = (
+            args.model,
+            int(bool(augment)),
+            phase,
+            variant,
+            count,
+            args.batch,
+            *(f"{x:.3f}" for x in (value, *ratios)),
+        )
+        rows.append(
+            dict(zip(COLUMNS, map(str, (*cells, peak, hardware, torch.get_num_threads(), torch.__version__))))
+        )
         print(f"{phase:<6}{variant:<30}{value:8.3f} s{ratios[0]:8.3f} of A{ratios[1]:8.3f} of C")
-    print(f"peak memory of the process with all of them: {peak} MB; {hardware}, {torch.get_num_threads()} threads")
+    print(
+        f"peak memory of the process with all of them: {peak} MB; {hardware}, {torch.get_num_threads()} threads"
+    )
     if not args.quick:
         key = "model device batch threads".split()
         same = [rows[0][name] for name in key]

@@ -69,7 +69,17 @@ def unchanged(image):
     return image
 
 
-KINDS = (unchanged, enlarged, inverted, coloured, off_centre, padded, transparent_dark, transparent_light, jpeg)
+KINDS = (
+    unchanged,
+    enlarged,
+    inverted,
+    coloured,
+    off_centre,
+    padded,
+    transparent_dark,
+    transparent_light,
+    jpeg,
+)
 
 
 def main():
@@ -94,7 +104,9 @@ def main():
         writer.writerow(["pictures", "images", "accuracy", "to_plain", "model", "device", "torch"])
         for kind, count in right.items():
             values = [100 * count / args.images, 100 * (count - right["plain"]) / args.images]
-            writer.writerow([kind, args.images, *(f"{v:.1f}" for v in values), name, "CPU", torch.__version__])
+            writer.writerow(
+                [kind, args.images, *(f"{v:.1f}" for v in values), name, "CPU", torch.__version__]
+            )
             print(f"{kind:<20}{values[0]:6.1f} %{values[1]:+6.1f}")
 
 

@@ -34,8 +34,17 @@ COLUMNS = (
 ).split()
 EPOCHS = 15
 BASE = dict(
-    layers="6 10 10 P 14 14 16", activation="ReLU", batch=128, lr=0.1, weight_decay=0.0, pct_start=0.2,
-    degrees=10, shift=0.06, scale=0.06, average=0.99, memory="contiguous_format",
+    layers="6 10 10 P 14 14 16",
+    activation="ReLU",
+    batch=128,
+    lr=0.1,
+    weight_decay=0.0,
+    pct_start=0.2,
+    degrees=10,
+    shift=0.06,
+    scale=0.06,
+    average=0.99,
+    memory="contiguous_format",
 )
 LAST = dict(memory="channels_last")  # given up: on a CPU, BatchNorm is inexact in this order
 TRIED = [
@@ -117,11 +126,18 @@ def run(changes, seed, parts):
     )
     five = history.test_acc[-5:]
     return dict(
-        changes=json.dumps(changes), seed=seed, parameters=sum(p.numel() for p in model.parameters()),
-        mean_last_five=round(statistics.mean(five), 3), worst_last_five=min(five), last=five[-1],
-        train_acc=round(history.train_acc[-1], 2), val_acc_by_epoch=" ".join(f"{a:.2f}" for a in history.test_acc),
-        seconds=round(statistics.median(history.seconds), 1), device="CPU",
-        threads=torch.get_num_threads(), torch=torch.__version__,
+        changes=json.dumps(changes),
+        seed=seed,
+        parameters=sum(p.numel() for p in model.parameters()),
+        mean_last_five=round(statistics.mean(five), 3),
+        worst_last_five=min(five),
+        last=five[-1],
+        train_acc=round(history.train_acc[-1], 2),
+        val_acc_by_epoch=" ".join(f"{a:.2f}" for a in history.test_acc),
+        seconds=round(statistics.median(history.seconds), 1),
+        device="CPU",
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
     )
 
 

@@ -65,7 +65,9 @@ def test_stopped_and_started_again_nothing_is_trained_twice(start, epochs_traine
 def test_model3_under_a_constant_rate_is_model2s_run(start, tmp_path):
     rows = start("--models", "Model2", "Model3")
     assert {(r["model"], r["schedule"]) for r in rows} == {
-        ("Model2", "constant"), ("Model2", "described"), ("Model3", "described")
+        ("Model2", "constant"),
+        ("Model2", "described"),
+        ("Model3", "described"),
     }
     runs = accuracy.recorded_runs(tmp_path / "accuracy.csv")
     assert runs["Model3", "constant"] == runs["Model2", "constant"]
@@ -74,7 +76,10 @@ def test_model3_under_a_constant_rate_is_model2s_run(start, tmp_path):
 def test_the_tables_arithmetic(tmp_path):
     """Two seeds of seven epochs, worked out by hand."""
     path = tmp_path / "accuracy.csv"
-    for seed, test_acc in ((1, [97, 98.9, 99.0, 99.2, 98.8, 99.1, 99.0]), (2, [97, 99.0, 99.4, 99.1, 99.2, 99.3, 99.2])):
+    for seed, test_acc in (
+        (1, [97, 98.9, 99.0, 99.2, 98.8, 99.1, 99.0]),
+        (2, [97, 99.0, 99.4, 99.1, 99.2, 99.3, 99.2]),
+    ):
         rows = [
             dict.fromkeys(accuracy.COLUMNS, 1)
             | dict(model="Model2", schedule="constant", seed=seed, epoch=i, train_acc=99.5, test_acc=a)
@@ -85,6 +90,11 @@ def test_the_tables_arithmetic(tmp_path):
     # best 99.2 and 99.4, last 99.0 and 99.2, worst of the last five 98.8 and 99.1
     cells = [cell.strip() for cell in table[-1].strip("|").split("|")]
     assert cells[1:] == [
-        "test", "99.30 ± 0.14", "99.10 ± 0.14", "98.95 ± 0.21", "99.20 to 99.40", "99.11, outside"
+        "test",
+        "99.30 ± 0.14",
+        "99.10 ± 0.14",
+        "98.95 ± 0.21",
+        "99.20 to 99.40",
+        "99.11, outside",
     ]
     assert table[-2].endswith("| 99.50 to 99.50 | 99.50, inside |")

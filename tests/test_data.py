@@ -52,10 +52,16 @@ def test_a_batch_size_below_1_is_refused(small):
 def test_affine_is_torchvisions(small, degrees, shift, scale):
     images = utils.BatchLoader(small(4), 4, "cpu").data * utils.STD + utils.MEAN
     ours = utils.affine(
-        images, torch.full((4,), float(degrees)), torch.tensor([shift] * 4) / 28, torch.full((4,), scale), fill=0
+        images,
+        torch.full((4,), float(degrees)),
+        torch.tensor([shift] * 4) / 28,
+        torch.full((4,), scale),
+        fill=0,
     )
     for image, result in zip(images, ours):
-        expected = torchvision_affine(image, degrees, list(shift), scale, [0.0, 0.0], InterpolationMode.BILINEAR)
+        expected = torchvision_affine(
+            image, degrees, list(shift), scale, [0.0, 0.0], InterpolationMode.BILINEAR
+        )
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
 
 
@@ -117,7 +123,10 @@ def tiny_mnist(tmp_path, monkeypatch, small):
             shape = b"".join(size.to_bytes(4, "big") for size in values.shape)
             header = bytes([0, 0, 8, values.dim()]) + shape
             contents[f"{part}-{kind}-ubyte"] = header + values.numpy().tobytes()
-    md5 = lambda content: hashlib.md5(content).hexdigest()
+
+    def md5(content):
+        return hashlib.md5(content).hexdigest()
+
     archives = {name: gzip.compress(content, mtime=0) for name, content in contents.items()}
     monkeypatch.setattr(utils, "MNIST_MD5", {name: md5(contents[name]) for name in NAMES})
     monkeypatch.setattr(utils.MNIST, "resources", [(f"{n}.gz", md5(archives[n])) for n in NAMES])

@@ -22,17 +22,28 @@ def published(name, drop=0.1):
     if name == "Model1":
         last = [nn.Conv2d(10, 10, 1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Dropout(drop)]
         layers = dict(
-            convblock1=block(1, 8, drop=drop), convblock2=block(8, 16, drop=drop),
-            convblock3=alone(16, 10, 1), pool1=nn.MaxPool2d(2, 2),
-            convblock4=block(10, 10, drop=drop), convblock5=block(10, 10, p=1, drop=drop),
-            pool2=nn.MaxPool2d(2, 2), convblock6=block(10, 10, p=1, drop=drop),
-            gap=nn.Sequential(nn.AvgPool2d(5)), convblock7=nn.Sequential(*last),
+            convblock1=block(1, 8, drop=drop),
+            convblock2=block(8, 16, drop=drop),
+            convblock3=alone(16, 10, 1),
+            pool1=nn.MaxPool2d(2, 2),
+            convblock4=block(10, 10, drop=drop),
+            convblock5=block(10, 10, p=1, drop=drop),
+            pool2=nn.MaxPool2d(2, 2),
+            convblock6=block(10, 10, p=1, drop=drop),
+            gap=nn.Sequential(nn.AvgPool2d(5)),
+            convblock7=nn.Sequential(*last),
         )
     else:
         layers = dict(
-            convblock1=block(1, 8), convblock2=block(8, 16), convblock3=alone(16, 10, 1),
-            pool1=nn.MaxPool2d(2, 2), convblock4=block(10, 10), convblock5=block(10, 16),
-            convblock6=block(16, 10), convblock7=block(10, 10), convblock8=block(10, 10),
+            convblock1=block(1, 8),
+            convblock2=block(8, 16),
+            convblock3=alone(16, 10, 1),
+            pool1=nn.MaxPool2d(2, 2),
+            convblock4=block(10, 10),
+            convblock5=block(10, 16),
+            convblock6=block(16, 10),
+            convblock7=block(10, 10),
+            convblock8=block(10, 10),
             convblock9=alone(10, 10, 2),
         )
     network = nn.Sequential()

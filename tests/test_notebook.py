@@ -36,8 +36,8 @@ def executed(tmp_path_factory, data_folder):
 
     folder = tmp_path_factory.mktemp("empty")
     text = (ROOT / "S7.ipynb").read_text()
-    assert text.count(r'REPO_URL = \"\"') == 1
-    (folder / "S7.ipynb").write_text(text.replace(r'REPO_URL = \"\"', rf'REPO_URL = \"{repository}\"'))
+    assert text.count(r"REPO_URL = \"\"") == 1
+    (folder / "S7.ipynb").write_text(text.replace(r"REPO_URL = \"\"", rf"REPO_URL = \"{repository}\""))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("S7_")}
     environment |= {"S7_EPOCHS": "1", "S7_STANDIN": "1", "MNIST_ROOT": str(data_folder)}
     convert = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", "S7.ipynb"]
@@ -68,7 +68,9 @@ def test_alone_in_an_empty_folder_it_runs_to_the_end(executed):
 
 def test_an_epoch_leaves_one_line(executed):
     bars = re.findall(r".*\d+%\|.*", text_of(executed[0] / "S7.ipynb"))
-    assert len(bars) == 1 and "100%" in bars[0] and re.search(r"Train: Loss=\S+ Batch_id=468 Accuracy=", bars[0])
+    assert (
+        len(bars) == 1 and "100%" in bars[0] and re.search(r"Train: Loss=\S+ Batch_id=468 Accuracy=", bars[0])
+    )
 
 
 def test_run_again_it_prints_the_same(executed):

@@ -98,7 +98,9 @@ def test_figures_are_saved_only_where_a_folder_is_given(small, tmp_path):
 
 
 def test_the_result_line():
-    history = utils.History([0.1] * 6, [98.0] * 6, [0.1] * 6, [99.1, 98.8, 99.2, 99.4, 99.3, 99.0], [0.1] * 6, [1] * 6)
+    history = utils.History(
+        [0.1] * 6, [98.0] * 6, [0.1] * 6, [99.1, 98.8, 99.2, 99.4, 99.3, 99.0], [0.1] * 6, [1] * 6
+    )
     line = utils.result_line(history, "Model3 on MNIST")
     assert line.startswith("Model3 on MNIST: test 99.00 % after epoch 6")
     assert "worst of the last five 98.80 %, best 99.40 % (epoch 4)" in line

@@ -35,8 +35,16 @@ def run(path, dataset, recipe=RECIPE, epochs=EPOCHS, resume=False, seed=1, name=
     loaders = utils.make_loaders(dataset, dataset, recipe, "cpu", 50)
     optimizer, scheduler = utils.make_optimizer(model, recipe, epochs, len(loaders[0]))
     history = utils.fit(
-        model, "cpu", *loaders, optimizer, scheduler, epochs, seed,
-        average=recipe["average"], checkpoint=path, resume=resume,
+        model,
+        "cpu",
+        *loaders,
+        optimizer,
+        scheduler,
+        epochs,
+        seed,
+        average=recipe["average"],
+        checkpoint=path,
+        resume=resume,
     )
     return model, history
 
@@ -183,7 +191,10 @@ def test_without_resume_a_run_starts_afresh_and_the_old_file_is_kept(small, tmp_
         (dict(seed=2), "seed was 1, is 2"),
         (dict(name="Model1"), "model was Model3, is Model1"),
         (dict(recipe=PLATEAU), "scheduler was OneCycleLR, is ReduceLROnPlateau"),
-        (dict(recipe={**RECIPE, "optimizer": dict(lr=0.05, momentum=0.8)}), "optimizer nesterov was True, is False"),
+        (
+            dict(recipe={**RECIPE, "optimizer": dict(lr=0.05, momentum=0.8)}),
+            "optimizer nesterov was True, is False",
+        ),
         (dict(recipe={**RECIPE, "augment": None}), "augment was {'degrees': 10.*is None"),
         (dict(recipe={**RECIPE, "average": 0.8}), "average was 0.9, is 0.8"),
     ],

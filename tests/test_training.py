@@ -13,7 +13,9 @@ from model import create_model
 import utils
 
 STEP = dict(optimizer=dict(lr=0.01, momentum=0.9), scheduler=("StepLR", dict(step_size=2, gamma=0.1)))
-CYCLE = dict(optimizer=dict(lr=0.05, momentum=0.9, nesterov=True), scheduler=("OneCycleLR", dict(pct_start=0.25)))
+CYCLE = dict(
+    optimizer=dict(lr=0.05, momentum=0.9, nesterov=True), scheduler=("OneCycleLR", dict(pct_start=0.25))
+)
 
 
 def run(train_set, test_set, recipe=STEP, epochs=3, seed=1, batch_size=50, **options):
@@ -82,7 +84,9 @@ def test_train_returns_the_mean_over_samples(small):
         output = model(data)
         losses += F.nll_loss(output, target, reduction="none").tolist()
         right += sum(output.argmax(1) == target).item()
-    loss, accuracy = utils.train(model, "cpu", loader, torch.optim.SGD(model.parameters(), lr=0.0), F.nll_loss)
+    loss, accuracy = utils.train(
+        model, "cpu", loader, torch.optim.SGD(model.parameters(), lr=0.0), F.nll_loss
+    )
     assert loss == pytest.approx(sum(losses) / 130, rel=1e-5)
     assert accuracy == pytest.approx(100 * right / 130)
 
@@ -186,7 +190,9 @@ def test_a_second_run_starts_a_clean_record(small):
     assert first is not second and first.test_acc is not second.test_acc
 
 
-@pytest.mark.parametrize("recipe", [STEP, {**CYCLE, "average": 0.9, "augment": dict(degrees=9, shift=0.1, scale=0.1)}])
+@pytest.mark.parametrize(
+    "recipe", [STEP, {**CYCLE, "average": 0.9, "augment": dict(degrees=9, shift=0.1, scale=0.1)}]
+)
 def test_the_same_seed_gives_the_same_bits(small, recipe):
     (one, history), (two, again), (_, other) = (
         run(small(200), small(100, train=False), recipe, seed=seed) for seed in (1, 1, 2)
@@ -285,8 +291,13 @@ def test_an_unknown_scheduler_is_refused():
 
 @pytest.mark.parametrize(
     "name, text, default, value",
-    [("EPOCHS", "3", 15, 3), ("MODEL", "Model1", "Model3", "Model1"), ("RESUME", "1", False, True),
-     ("RESUME", "0", True, False), ("SEED", None, 1, 1)],
+    [
+        ("EPOCHS", "3", 15, 3),
+        ("MODEL", "Model1", "Model3", "Model1"),
+        ("RESUME", "1", False, True),
+        ("RESUME", "0", True, False),
+        ("SEED", None, 1, 1),
+    ],
 )
 def test_settings_come_from_the_environment(monkeypatch, name, text, default, value):
     if text is not None:
@@ -296,10 +307,18 @@ def test_settings_come_from_the_environment(monkeypatch, name, text, default, va
 
 @pytest.mark.parametrize(
     "name, text, default, choices, message",
-    [("EPOCHS", "many", 15, None, "EPOCHS is 'many': give a whole number"),
-     ("EPOCHS", "-1", 15, None, "EPOCHS is '-1': give a whole number"),
-     ("RESUME", "yes", False, None, "RESUME is 'yes': choose one of 0, 1"),
-     ("MODEL", "Model0", "Model3", ["Model1", "Model3"], "MODEL is 'Model0': choose one of Model1, Model3")],
+    [
+        ("EPOCHS", "many", 15, None, "EPOCHS is 'many': give a whole number"),
+        ("EPOCHS", "-1", 15, None, "EPOCHS is '-1': give a whole number"),
+        ("RESUME", "yes", False, None, "RESUME is 'yes': choose one of 0, 1"),
+        (
+            "MODEL",
+            "Model0",
+            "Model3",
+            ["Model1", "Model3"],
+            "MODEL is 'Model0': choose one of Model1, Model3",
+        ),
+    ],
 )
 def test_a_bad_setting_gives_one_line(monkeypatch, name, text, default, choices, message):
     monkeypatch.setenv(f"S7_{name}", text)
