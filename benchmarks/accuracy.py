@@ -179,14 +179,15 @@ def overview(runs):
 
 
 def steps_table(runs):
-    """What each step from Model1 to Model4 is worth, over the first three seeds."""
+    """What each step from Model1 to Model4 is worth, over the first three seeds; None where a step
+    has not been run."""
     chain = [("Model1", "described", "Model1"), ("Model2", "described", "Model2: its network, no dropout")]
     chain += [("Model4", key, text) for key, (text, _) in STEPS.items()]
     rows, before = [], None
     for name, schedule, text in chain:
         seeds = [run["test_acc"][-5:] for run in runs.get((name, schedule), [])[:3]]
         if len(seeds) < 3:
-            continue
+            return None
         means = [statistics.mean(five) for five in seeds]
         change = "" if before is None else f"{statistics.mean(means) - before:+.2f}"
         rows.append([text, spread(means), f"{min(map(min, seeds)):.2f}", change])
@@ -198,7 +199,8 @@ def tables(path=CSV):
     """Every table that the README takes from the recorded runs, by title."""
     runs = recorded_runs(path)
     by_model = {name: model_table(name, runs) for name in utils.RECIPES if (name, "described") in runs}
-    return {"All models": overview(runs), **by_model, "Steps": steps_table(runs)} if runs else {}
+    found = {"All models": overview(runs), **by_model, "Steps": steps_table(runs)} if runs else {}
+    return {title: table for title, table in found.items() if table}
 
 
 def plot(name, runs, folder=ROOT / "images"):
