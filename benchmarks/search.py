@@ -3,7 +3,7 @@
     python benchmarks/search.py            train every configuration below that search.csv lacks
 
 Trains on 50,000 images of a fixed permutation of MNIST's training set and validates on the last
-10,000; the test images are not loaded. Every configuration tried stands below, in the order tried,
+10,000; the test images are not used. Every configuration tried stands below, in the order tried,
 as what it changes of BASE; `search.csv` has its validation accuracy for every epoch.
 
 `layers` is read left to right: a number is a 3×3 convolution of that width with BatchNorm and the
