@@ -1,6 +1,7 @@
 """The networks of the assignment: MNIST images in, log-probabilities of the ten digits out.
 
-Every network takes `(B, 1, 28, 28)` and returns `(B, 10)`; no convolution has a bias.
+Every network takes `(B, 1, 28, 28)` and returns `(B, 10)`; no convolution has a bias. ReLU works in
+place: the same bits, and less memory to walk through.
 """
 
 import torch.nn as nn
@@ -11,7 +12,7 @@ def conv_block(in_channels, out_channels, kernel_size=3, padding=0, dropout=0.0)
     """Convolution → ReLU → BatchNorm, and Dropout where `dropout` (a probability) is above 0."""
     layers = [
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.BatchNorm2d(out_channels),
     ]
     return nn.Sequential(*layers, nn.Dropout(dropout)) if dropout else nn.Sequential(*layers)
@@ -50,7 +51,7 @@ class Model1(Network):
         self.convblock6 = conv_block(10, 10, padding=1, dropout=dropout)
         self.gap = nn.AvgPool2d(5)  # 1×1
         self.convblock7 = nn.Sequential(
-            nn.Conv2d(10, 10, 1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Dropout(dropout)
+            nn.Conv2d(10, 10, 1, bias=False), nn.BatchNorm2d(10), nn.ReLU(inplace=True), nn.Dropout(dropout)
         )
 
 
@@ -86,7 +87,7 @@ class GapNetwork(Network):
         super().__init__()
         widths = (1, *before, *after)
         blocks = [
-            nn.Sequential(nn.Conv2d(i, o, 3, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+            nn.Sequential(nn.Conv2d(i, o, 3, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
             for i, o in zip(widths, widths[1:])
         ]
         self.before = nn.Sequential(*blocks[: len(before)])
