@@ -225,10 +225,10 @@ def plot(name, runs, folder=ROOT / "images"):
             axis.plot(
                 epochs, mean, color=colour, linewidth=2.4, label=f"{column[:-4]}, mean of {len(seeds)} seeds"
             )
-        axis.set(title=f"{name}: {SCHEDULE_TEXT[schedule]}", xlabel="epoch")
+        axis.set(title=f"{name}, learning rate: {SCHEDULE_TEXT[schedule]}", xlabel="epoch")
         axis.set_ylim(min(min(run[c][1] for c in ("train_acc", "test_acc")) for run in seeds) - 0.3, 100)
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower right")
+        axis.legend(loc="best")
     axes[0, 0].set_ylabel("accuracy (%)")
     utils.finish(figure, name, folder)
 
