@@ -68,6 +68,9 @@ TRIED = [
     {"weight_decay": 0.001},
     {"layers": "6 10 10 P 14 14 14 w5", "weight_decay": 0.0005},
     {"layers": "6 8 8 P 10 10 14"},
+    {"weight_decay": 0.0002},
+    {"weight_decay": 0.0002, "layers": "8 10 10 P 14 14 16"},
+    {"weight_decay": 0.0002, "batch": 64, "lr": 0.07},
 ]
 
 
