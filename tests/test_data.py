@@ -1,6 +1,5 @@
 """Data: the loader against torchvision, the stand-in, and every way in which files can be bad."""
 
-import functools
 import gzip
 import hashlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -258,7 +257,7 @@ def test_the_standin_can_be_forbidden(tmp_path, monkeypatch, way):
 
 def test_a_silent_server_is_given_up_within_15_seconds(tiny_mnist, mirror, monkeypatch):
     patience = []
-    fetch = functools.partial(utils.download_and_extract_archive)
+    fetch = utils.download_and_extract_archive
 
     def watched(*args, **kwargs):
         patience.append(utils.socket.getdefaulttimeout())

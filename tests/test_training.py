@@ -1,6 +1,7 @@
 """Training and testing, against plain loops written with torch alone, and every refused argument."""
 
 import re
+import signal
 
 import pytest
 import torch
@@ -229,8 +230,6 @@ def test_a_test_loss_that_is_not_finite_stops_the_run(small, monkeypatch):
 
 @pytest.mark.parametrize("epoch, batch", [(1, 1), (3, 2)])
 def test_interrupted_by_hand_whole_epochs_are_kept(small, epoch, batch, capsys):
-    import signal
-
     def stop(at, batch_id, data):
         if (at, batch_id) == (epoch, batch):
             signal.raise_signal(signal.SIGINT)
