@@ -37,14 +37,23 @@ _PLATEAU = dict(mode="min", factor=0.1, patience=10, threshold=1e-4, threshold_m
 CONSTANT = ("ConstantLR", dict(factor=1.0))  # what the published runs really did
 _NESTEROV = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 _CYCLE = ("OneCycleLR", dict(pct_start=0.2))
-_AUGMENT = dict(degrees=10, shift=0.06, scale=0.06)
 RECIPES = {
     "Model1": dict(optimizer=_SGD, scheduler=_STEP),
     "Model2": dict(optimizer=_SGD, scheduler=_STEP),
     "Model3": dict(optimizer=_SGD, scheduler=("ReduceLROnPlateau", _PLATEAU)),
-    "Model4": dict(optimizer=_NESTEROV, scheduler=_CYCLE, augment=_AUGMENT, average=0.99),
+    "Model4": dict(
+        optimizer=_NESTEROV,
+        scheduler=_CYCLE,
+        augment=dict(degrees=10, shift=0.06, scale=0.06),
+        average=0.99,
+        plain=5,
+    ),
     "Model5": dict(
-        optimizer=_NESTEROV, scheduler=_CYCLE, augment=dict(degrees=7, shift=0.05, scale=0.05), average=0.99
+        optimizer=_NESTEROV,
+        scheduler=_CYCLE,
+        augment=dict(degrees=7, shift=0.05, scale=0.05),
+        average=0.99,
+        plain=5,
     ),
 }
 
@@ -405,6 +414,7 @@ def fit(
     epochs,
     seed=1,
     average=None,
+    plain=0,
     checkpoint=None,
     resume=False,
 ):
@@ -413,7 +423,7 @@ def fit(
     The scheduler is stepped once an epoch (ReduceLROnPlateau with the test loss), OneCycleLR once
     a batch. `seed` fixes the order of the batches, augmentation and dropout. With `average`, a
     decay per step such as 0.99, the exponential moving average of the weights is what is tested,
-    and what `model` holds at the end.
+    and what `model` holds at the end. In the last `plain` epochs the images are not augmented.
 
     `checkpoint` names a file that is replaced, atomically, after every epoch; a file already there
     is kept as `*.previous` unless `resume` is true, which goes on after its last whole epoch.
@@ -429,7 +439,7 @@ def fit(
         averaging = get_ema_multi_avg_fn(average)
         parts["averaged"] = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
     tested = parts.get("averaged", model)
-    settings = describe_run(train_loader, epochs, seed, average, **parts)
+    settings = describe_run(train_loader, epochs, seed, average, plain, **parts)
 
     def after_step(*_):
         if average:
@@ -457,6 +467,9 @@ def fit(
         for epoch in range(len(state["history"]["test_acc"]) + 1, epochs + 1):
             print(f"EPOCH: {epoch}")
             started, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
+            if plain and epoch > epochs - plain:
+                train_loader = copy.copy(train_loader)
+                train_loader.augment = None
             trained = train(model, device, train_loader, optimizer, F.nll_loss)
             results = test(tested, device, test_loader, F.nll_loss)
             if not math.isfinite(results[0]):
@@ -488,17 +501,18 @@ def fit(
     return History(**state["history"])
 
 
-def describe_run(train_loader, epochs, seed, average, model, optimizer, scheduler, **_):
+def describe_run(train_loader, epochs, seed, average, plain, model, optimizer, scheduler, **_):
     """What a checkpoint must agree on before a run goes on from it, by name."""
     state = {"scheduler": type(scheduler).__name__}
     for prefix, values in (("optimizer", optimizer.param_groups[0]), ("scheduler", scheduler.state_dict())):
-        plain = {k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))}
-        state |= {f"{prefix} {k}": v for k, v in plain.items() if not k.startswith("_")}
+        numbers = {k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))}
+        state |= {f"{prefix} {k}": v for k, v in numbers.items() if not k.startswith("_")}
     return state | {
         "model": type(model).__name__,
         "epochs": epochs,
         "seed": seed,
         "average": average,
+        "plain": plain,
         "batch size": train_loader.batch_size,
         "augment": getattr(train_loader, "augment", None),
         "data": type(train_loader.dataset).__name__,

@@ -35,16 +35,19 @@ PUBLISHED = {"Model1": (88.88, 98.53), "Model2": (99.50, 99.11), "Model3": (99.5
 SCHEDULE_TEXT = {"constant": "constant", "described": "schedule as described"}
 
 # From Model2 to Model4, one change at a time: each step is Model4's network with one thing more of
-# its recipe; the average of the weights is the last, which makes it Model4.
+# its recipe; the last, plain images at the end, makes it Model4.
 _TWO, _FOUR = utils.RECIPES["Model2"], utils.RECIPES["Model4"]
 _CYCLE = {**_TWO, "optimizer": {**_FOUR["optimizer"], "weight_decay": 0}, "scheduler": _FOUR["scheduler"]}
 _AUGMENT = {**_CYCLE, "augment": _FOUR["augment"]}
+_DECAY = {**_AUGMENT, "optimizer": _FOUR["optimizer"]}
+_AVERAGE = {**_DECAY, "average": _FOUR["average"]}
 STEPS = {
     "network": ("Model4's network, trained as Model2", _TWO),
     "cycle": ("Nesterov momentum, one cycle up to 0.1", _CYCLE),
     "augment": ("augmentation", _AUGMENT),
-    "decay": ("weight decay 0.0005", {**_AUGMENT, "optimizer": _FOUR["optimizer"]}),
-    "described": ("average of the weights: Model4", _FOUR),
+    "decay": ("weight decay 0.0005", _DECAY),
+    "average": ("average of the weights", _AVERAGE),
+    "described": ("the last five epochs without augmentation: Model4", _FOUR),
     "steplr": (
         "Model4 with StepLR instead",
         {**_FOUR, "scheduler": ("StepLR", dict(step_size=4, gamma=0.2))},
@@ -88,6 +91,7 @@ def run(name, schedule, seed, epochs, data, device, checkpoint):
         epochs,
         seed,
         average=recipe.get("average"),
+        plain=recipe.get("plain", 0),
         checkpoint=checkpoint,
         resume=True,
     )

@@ -18,6 +18,7 @@ RECIPE = dict(
     scheduler=("OneCycleLR", dict(pct_start=0.25)),
     augment=dict(degrees=10, shift=0.05, scale=0.05),
     average=0.9,
+    plain=2,
 )
 PLATEAU = {**RECIPE, "scheduler": ("ReduceLROnPlateau", dict(patience=0)), "average": None}
 
@@ -43,6 +44,7 @@ def run(path, dataset, recipe=RECIPE, epochs=EPOCHS, resume=False, seed=1, name=
         epochs,
         seed,
         average=recipe["average"],
+        plain=recipe["plain"],
         checkpoint=path,
         resume=resume,
     )
@@ -197,6 +199,7 @@ def test_without_resume_a_run_starts_afresh_and_the_old_file_is_kept(small, tmp_
         ),
         (dict(recipe={**RECIPE, "augment": None}), "augment was {'degrees': 10.*is None"),
         (dict(recipe={**RECIPE, "average": 0.8}), "average was 0.9, is 0.8"),
+        (dict(recipe={**RECIPE, "plain": 1}), "plain was 2, is 1"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(small, tmp_path, change, message):

@@ -185,6 +185,21 @@ def test_the_average_is_what_is_tested_and_kept(small):
     assert utils.test(model, "cpu", loaders[1], F.nll_loss)[1] == history.test_acc[-1]
 
 
+def test_the_last_epochs_are_not_augmented(small, monkeypatch):
+    """A run that is plain throughout is one without augmentation."""
+    augmented = {**STEP, "augment": dict(degrees=30, shift=0.2, scale=0.2)}
+    bare, plain, warped = (
+        run(small(100), small(50), recipe, plain=plain)[0].convblock1[0].weight
+        for recipe, plain in ((STEP, 0), (augmented, 3), (augmented, 0))
+    )
+    assert torch.equal(bare, plain) and not torch.equal(bare, warped)
+    calls = []
+    monkeypatch.setattr(utils, "random_affine", lambda data, **amounts: calls.append(amounts) or data)
+    run(small(100), small(50), augmented, epochs=4, plain=2)
+    assert len(calls) == 1 + 2 * 2  # the check before training reads one batch
+    assert calls[0] == augmented["augment"]
+
+
 def test_a_second_run_starts_a_clean_record(small):
     first, second = (run(small(100), small(100), epochs=2)[1] for _ in range(2))
     assert len(first.test_acc) == len(second.test_acc) == 2
