@@ -733,7 +733,10 @@ def plot_samples(dataset, folder=None):
 
 
 def plot_history(history, title, folder=None):
-    """Loss, accuracy and learning rate by epoch, train and test, the best test epoch marked."""
+    """Loss, accuracy and learning rate by epoch, train and test, the best test epoch marked.
+
+    Of a run of more than two epochs the axes show the second and later; the first may lie outside.
+    """
     epochs = range(1, len(history.test_acc) + 1)
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     figure.suptitle(title)
@@ -750,6 +753,9 @@ def plot_history(history, title, folder=None):
         accuracy.plot(
             epoch, best, "*", color="black", markersize=11, label=f"best: {best:.2f}, epoch {epoch}"
         )
+    if len(epochs) > 2:  # the first epoch, far from the rest, would press them together
+        loss.set_ylim(0, 1.1 * max(history.train_losses[1:] + history.test_losses[1:]))
+        accuracy.set_ylim(min(history.train_acc[1:] + history.test_acc[1:]) - 0.3, 100)
     rate.plot(epochs, history.learning_rates, "-o", color="black", markersize=3)
     rate.set(xlabel="epoch", ylabel="learning rate at the start", ylim=(0, None))
     for axis in (loss, accuracy, rate):
