@@ -46,7 +46,6 @@ RECIPES = {
         scheduler=_CYCLE,
         augment=dict(degrees=10, shift=0.06, scale=0.06),
         average=0.99,
-        plain=5,
     ),
     "Model5": dict(
         optimizer=_NESTEROV,
