@@ -43,6 +43,7 @@ BASE = dict(
     batch=128,
     lr=0.1,
     weight_decay=0.0,
+    scheduler="OneCycleLR",
     pct_start=0.2,
     degrees=10,
     shift=0.06,
@@ -164,6 +165,16 @@ TRIED = [
         "plain": 5,
         "seeds": [1],
     },
+    {
+        "weight_decay": 0.0005,
+        "layers": "6 8 8 P 10 10 14",
+        "degrees": 7,
+        "shift": 0.05,
+        "scale": 0.05,
+        "scheduler": "StepLR",
+        "plain": 5,
+        "seeds": [2],
+    },
 ]
 
 
@@ -262,9 +273,11 @@ def run(changes, seed, parts):
     """Train one configuration; returns its row."""
     settings = {**BASE, **changes}
     epochs = settings["epochs"]
+    step = dict(step_size=4, gamma=0.2)
+    cycle = dict(pct_start=settings["pct_start"])
     recipe = dict(
         optimizer=dict(lr=settings["lr"], momentum=0.9, nesterov=True, weight_decay=settings["weight_decay"]),
-        scheduler=("OneCycleLR", dict(pct_start=settings["pct_start"])),
+        scheduler=(settings["scheduler"], step if settings["scheduler"] == "StepLR" else cycle),
         augment={name: settings[name] for name in ("degrees", "shift", "scale")},
     )
     extra = {name: settings[name] for name in ("shear", "elastic", "interpolation")}
