@@ -466,7 +466,7 @@ def fit(
         for epoch in range(len(state["history"]["test_acc"]) + 1, epochs + 1):
             print(f"EPOCH: {epoch}")
             started, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-            if plain and epoch > epochs - plain:
+            if epoch > epochs - plain:
                 train_loader = copy.copy(train_loader)
                 train_loader.augment = None
             trained = train(model, device, train_loader, optimizer, F.nll_loss)
