@@ -4,6 +4,7 @@ Every network takes `(B, 1, 28, 28)` and returns `(B, 10)`; no convolution has a
 place: the same bits, and less memory to walk through.
 """
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -80,35 +81,44 @@ class GapNetwork(Network):
     """Valid 3×3 convolutions, one pool, more of them, global average pooling, 1×1 to the logits.
 
     `before` and `after` are the widths on either side of the pool. The order here is
-    convolution → BatchNorm → ReLU, and nothing but the convolution acts on the logits.
+    convolution → BatchNorm → ReLU, and nothing but the convolution acts on the logits. With
+    `separable`, every convolution but the first is taken apart into a 3×3 for each channel by
+    itself (depthwise), BatchNorm, and a 1×1 that mixes the channels: far fewer weights for the same
+    width (Howard et al., 2017, who have a ReLU between the two as well).
     """
 
-    def __init__(self, before, after):
+    def __init__(self, before, after, separable=False):
         super().__init__()
         widths = (1, *before, *after)
-        blocks = [
-            nn.Sequential(nn.Conv2d(i, o, 3, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
-            for i, o in zip(widths, widths[1:])
-        ]
+        blocks = []
+        for i, o in zip(widths, widths[1:]):
+            if separable and blocks:
+                depthwise = nn.Conv2d(i, i, 3, groups=i, bias=False)
+                layers = [depthwise, nn.BatchNorm2d(i), nn.Conv2d(i, o, 1, bias=False)]
+            else:
+                layers = [nn.Conv2d(i, o, 3, bias=False)]
+            blocks.append(nn.Sequential(*layers, nn.BatchNorm2d(o), nn.ReLU(inplace=True)))
         self.before = nn.Sequential(*blocks[: len(before)])
         self.pool = nn.MaxPool2d(2)
         self.after = nn.Sequential(*blocks[len(before) :])
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.logits = conv(widths[-1], 10)
+        if separable:  # twice as fast on a CPU, where BatchNorm is then exact to 5e-5 only
+            self.to(memory_format=torch.channels_last)
 
 
 class Model4(GapNetwork):
-    """6,834 parameters, chosen on a validation split (`benchmarks/search.py`)."""
+    """7,808 parameters, chosen on a validation split (`benchmarks/search.py`)."""
 
     def __init__(self):
-        super().__init__(before=(6, 10, 10), after=(14, 14, 16))
+        super().__init__(before=(16, 16, 24), after=(32, 36, 36, 36), separable=True)
 
 
 class Model5(GapNetwork):
-    """4,194 parameters, fewer than Model1."""
+    """4,310 parameters, two fewer than Model1."""
 
     def __init__(self):
-        super().__init__(before=(6, 8, 8), after=(10, 10, 14))
+        super().__init__(before=(14, 14, 16), after=(24, 24, 24, 20), separable=True)
 
 
 MODELS = {model.__name__: model for model in (Model1, Model2, Model3, Model4, Model5)}

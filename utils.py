@@ -37,23 +37,19 @@ _PLATEAU = dict(mode="min", factor=0.1, patience=10, threshold=1e-4, threshold_m
 CONSTANT = ("ConstantLR", dict(factor=1.0))  # what the published runs really did
 _NESTEROV = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 _CYCLE = ("OneCycleLR", dict(pct_start=0.2))
+_AUGMENTED = dict(
+    optimizer=_NESTEROV,
+    scheduler=_CYCLE,
+    augment=dict(degrees=10, shift=0.06, scale=0.06),
+    average=0.99,
+    plain=5,
+)
 RECIPES = {
     "Model1": dict(optimizer=_SGD, scheduler=_STEP),
     "Model2": dict(optimizer=_SGD, scheduler=_STEP),
     "Model3": dict(optimizer=_SGD, scheduler=("ReduceLROnPlateau", _PLATEAU)),
-    "Model4": dict(
-        optimizer=_NESTEROV,
-        scheduler=_CYCLE,
-        augment=dict(degrees=10, shift=0.06, scale=0.06),
-        average=0.99,
-    ),
-    "Model5": dict(
-        optimizer=_NESTEROV,
-        scheduler=_CYCLE,
-        augment=dict(degrees=7, shift=0.05, scale=0.05),
-        average=0.99,
-        plain=5,
-    ),
+    "Model4": _AUGMENTED,
+    "Model5": _AUGMENTED,
 }
 
 MNIST_MD5 = {  # of the four original files, unpacked, in the order of torchvision's `resources`

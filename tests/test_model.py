@@ -67,8 +67,30 @@ def test_published_state_gives_the_same_output(name, training):
 
 
 @pytest.mark.parametrize(
+    "name, widths", [("Model4", [16, 16, 24, 32, 36, 36, 36]), ("Model5", [14, 14, 16, 24, 24, 24, 20])]
+)
+def test_separable_networks_written_out(name, widths):
+    """The same weights in layers of torch.nn alone, in float64 and torch's usual memory order."""
+    network = models.create_model(name).double()
+    network(torch.randn(16, 1, 28, 28).double() * 2 + 1)  # so that the statistics are not 0 and 1
+    network.eval()
+    layers = [nn.Conv2d(1, widths[0], 3, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    for number, (i, o) in enumerate(zip(widths, widths[1:]), 2):
+        depthwise, mix = nn.Conv2d(i, i, 3, groups=i, bias=False), nn.Conv2d(i, o, 1, bias=False)
+        layers += [depthwise, nn.BatchNorm2d(i), mix, nn.BatchNorm2d(o), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if number == 3 else []
+    layers += [nn.AvgPool2d(3), nn.Conv2d(widths[-1], 10, 1, bias=False), nn.Flatten(), nn.LogSoftmax(1)]
+    plain = nn.Sequential(*layers).double().eval()
+    plain.load_state_dict(dict(zip(plain.state_dict(), network.state_dict().values())), strict=True)
+    images = torch.randn(8, 1, 28, 28).double()
+    torch.testing.assert_close(network(images), plain(images))
+    network.train()(images), plain.train()(images)
+    torch.testing.assert_close(network.eval()(images), plain.eval()(images))
+
+
+@pytest.mark.parametrize(
     "name, count",
-    [("Model1", 4312), ("Model2", 7524), ("Model3", 7524), ("Model4", 6834), ("Model5", 4194)],
+    [("Model1", 4312), ("Model2", 7524), ("Model3", 7524), ("Model4", 7808), ("Model5", 4310)],
 )
 def test_parameter_count(name, count):
     assert sum(p.numel() for p in models.create_model(name).parameters()) == count
@@ -94,7 +116,9 @@ def test_an_unknown_name_lists_the_right_ones():
         # 72·26² + 1152·24² + 160·24² + 900·10² + 900·10² + 900·5² + 100, + 128 of BatchNorm
         ("Model1", [3, 5, 5, 6, 10, 14, 16, 24, 40, 40], 1_007_112),
         ("Model3", [3, 5, 5, 6, 10, 14, 18, 22, 26, 28], 1_056_944),
-        ("Model4", [3, 5, 7, 8, 12, 16, 20, 28, 28], 1_022_340),
+        # 144·(26² + 24² + 22²) + 256·24² + 384·22² + (216 + 768)·9² + (288 + 1152)·7²
+        # + (324 + 1296)·(5² + 3²) + 360, + 712 of BatchNorm
+        ("Model4", [3, 5, 5, 7, 7, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28], 789_712),
     ],
 )
 def test_layer_table(name, fields, mult_adds):
