@@ -54,17 +54,20 @@ STEPS = {
     ("Full4", "average"): ("average of the weights", _AVERAGE),
     ("Model4", "augmented"): ("separable convolutions, one more of them", _AVERAGE),
     ("Model4", "described"): ("no augmentation in the last five epochs: Model4", _FOUR),
-    ("Model4", "steplr"): ("Model4 with StepLR instead", {**_FOUR, "scheduler": _STEP}),
+    ("Full4", "steplr"): (
+        "StepLR in place of one cycle, full convolutions, augmented to the end",
+        {**_AVERAGE, "scheduler": _STEP},
+    ),
 }
+BESIDE = {("Full4", "steplr"): ("Full4", "average")}  # a step beside the chain, and where it turns off
 _SMALL = {**_FOUR, "augment": dict(degrees=7, shift=0.05, scale=0.05)}
-RECIPES = {(name, "described"): recipe for name, recipe in utils.RECIPES.items()}
-RECIPES |= {
-    (name, "constant"): {**RECIPES[name, "described"], "scheduler": utils.CONSTANT}
-    for name in ("Model1", "Model2")
-}
-RECIPES |= {key: recipe for key, (_, recipe) in STEPS.items()}
-RECIPES |= {
-    ("Full4", "steplr"): {**_AVERAGE, "scheduler": _STEP},
+RECIPES = {
+    **{(name, "described"): recipe for name, recipe in utils.RECIPES.items()},
+    **{
+        (name, "constant"): {**utils.RECIPES[name], "scheduler": utils.CONSTANT}
+        for name in ("Model1", "Model2")
+    },
+    **{key: recipe for key, (_, recipe) in STEPS.items()},
     ("Full5", "described"): _SMALL,
     ("Full5", "augmented"): {**_SMALL, "plain": 0},
 }
@@ -203,17 +206,19 @@ def overview(runs):
 def steps_table(runs):
     """What each step from Model1 to Model4 is worth, over the first three seeds; None where a step
     has not been run."""
-    chain = [("Model1", "described", "Model1"), ("Model2", "described", "Model2: its network, no dropout")]
-    chain += [(*key, text) for key, (text, _) in STEPS.items()]
-    rows, before = [], None
-    for name, schedule, text in chain:
-        seeds = [run["test_acc"][-5:] for run in runs.get((name, schedule), [])[:3]]
+    chain = {("Model1", "described"): "Model1", ("Model2", "described"): "Model2: its network, no dropout"}
+    chain |= {key: text for key, (text, _) in STEPS.items()}
+    rows, means, before = [], {}, None
+    for key, text in chain.items():
+        seeds = [run["test_acc"][-5:] for run in runs.get(key, [])[:3]]
         if len(seeds) < 3:
             return None
-        means = [statistics.mean(five) for five in seeds]
-        change = "" if before is None else f"{statistics.mean(means) - before:+.2f}"
-        rows.append([text, spread(means), f"{min(map(min, seeds)):.2f}", change])
-        before = statistics.mean(means)
+        by_seed = [statistics.mean(five) for five in seeds]
+        means[key] = statistics.mean(by_seed)
+        before = BESIDE.get(key, before)
+        change = f"{means[key] - means[before]:+.2f}" if before else ""
+        rows.append([text, spread(by_seed), f"{min(map(min, seeds)):.2f}", change])
+        before = key
     return markdown(["step", "mean of the last five", "worst of the last five", "change"], rows)
 
 
