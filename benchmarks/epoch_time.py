@@ -3,7 +3,8 @@
     python benchmarks/epoch_time.py --model Model3          the table, kept in epoch_time.csv
     python benchmarks/epoch_time.py --model Model3 --quick  on a tenth of the data, not kept
 
-In one process, in turn, so that a change in the machine's speed falls on all of them:
+In one process, in turn, in another order each round, so that a change in the machine's speed falls
+on all of them:
 A. torchvision's MNIST with per-image transforms in a DataLoader (RandomAffine, too, where the
    model's recipe augments), read by `utils.train`;
 B. this repository's loader, read by `utils.train`;
@@ -16,6 +17,7 @@ import contextlib
 import csv
 import io
 from pathlib import Path
+import random
 import resource
 import statistics
 import sys
@@ -114,7 +116,7 @@ def main():
     parser.add_argument("--model", choices=MODELS, default="Model3")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tenth of the data, nothing kept")
     args = parser.parse_args()
     train_set, test_set = utils.load_data(standin=False)
@@ -124,8 +126,10 @@ def main():
     timed = list(variants(args, args.device, train_set, test_set, augment))
     seconds = [[] for _ in timed]
     for round_ in tqdm(range(args.rounds), desc="rounds"):
-        for times, (_, _, function, loader) in zip(seconds, timed):
-            times.append(measure(function, loader, args.model, args.device))
+        # what runs after the worker processes may be slowed by them: no variant always does
+        for i in random.Random(round_).sample(range(len(timed)), len(timed)):
+            _, _, function, loader = timed[i]
+            seconds[i].append(measure(function, loader, args.model, args.device))
     median = [statistics.median(times) for times in seconds]
     of = {(phase, variant): value for (phase, variant, *_), value in zip(timed, median)}
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"

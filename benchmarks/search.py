@@ -50,6 +50,8 @@ BASE = dict(
     weight_decay=0.0,
     scheduler="OneCycleLR",
     pct_start=0.2,
+    step_size=4,
+    gamma=0.2,  # also what ReduceLROnPlateau multiplies by, after every epoch no better than the best
     degrees=10,
     shift=0.06,
     scale=0.06,
@@ -66,6 +68,8 @@ AFFINE = utils.random_affine  # `run` puts `distort` in its place where more is 
 LAST = dict(memory="channels_last")  # on a CPU faster, and BatchNorm then exact to 5e-5 only
 DECAY = dict(weight_decay=0.0005)
 SEPARABLE = dict(layers="16 D16 D24 P D32 D36 D36 D36")
+CHOSEN = {**DECAY, **LAST, "plain": 5, **SEPARABLE}  # what Model4 is
+STEP = dict(scheduler="StepLR")
 EIGHT = dict(epochs=8, plain=2)
 SMALL = dict(weight_decay=0.0005, layers="6 8 8 P 10 10 14", degrees=7, shift=0.05, scale=0.05)
 TRIED = [
@@ -124,7 +128,7 @@ TRIED = [
     {**SMALL, "batch": 64, "lr": 0.07, "plain": 5, "seeds": [2]},
     {**SMALL, "layers": "6 8 8 8 P 11 14", "plain": 5, "seeds": [2]},
     {**SMALL, "plain": 5},
-    {**SMALL, "scheduler": "StepLR", "plain": 5, "seeds": [2]},
+    {**SMALL, **STEP, "plain": 5, "seeds": [2]},
     {**DECAY, **EIGHT, "seeds": [2]},
     {**DECAY, **EIGHT, "layers": "16 16 r P 16 16 r", "seeds": [2]},
     {**DECAY, **EIGHT, "activation": "CELU0.3", "seeds": [2]},
@@ -175,20 +179,16 @@ TRIED = [
     {**DECAY, **LAST, "plain": 3, **SEPARABLE, "degrees": 12, "shift": 0.08, "scale": 0.1},
     {**DECAY, **LAST, "plain": 5, "layers": "14 D14 D16 P D24 D24 D24 D20"},
     {**DECAY, **LAST, **SEPARABLE},
-    {**DECAY, **LAST, "plain": 5, **SEPARABLE, "batch": 64, "lr": 0.07, "average": 0.998, "seeds": [1, 2]},
-    {
-        **DECAY,
-        **LAST,
-        "plain": 5,
-        **SEPARABLE,
-        "batch": 64,
-        "lr": 0.07,
-        "average": 0.998,
-        "scheduler": "StepLR",
-        "seeds": [2],
-    },
-    {**DECAY, **LAST, "plain": 5, **SEPARABLE, "scheduler": "StepLR"},
-    {**DECAY, **LAST, "plain": 5, **SEPARABLE},
+    {**CHOSEN, "batch": 64, "lr": 0.07, "average": 0.998, "seeds": [1, 2]},
+    {**CHOSEN, "batch": 64, "lr": 0.07, "average": 0.998, **STEP, "seeds": [2]},
+    {**CHOSEN, **STEP},
+    {**CHOSEN, "seeds": [1, 2, 3]},
+    {**CHOSEN, **STEP, "step_size": 3, "gamma": 0.4, "seeds": [1, 2, 3]},
+    {**CHOSEN, **STEP, "step_size": 5, "seeds": [1, 2, 3]},
+    {**CHOSEN, **STEP, "step_size": 1, "gamma": 0.7, "seeds": [1, 2, 3]},
+    {**CHOSEN, "scheduler": "ReduceLROnPlateau", "gamma": 0.3},
+    {**CHOSEN, **STEP, "step_size": 1, "gamma": 0.75, "seeds": [1, 2, 3]},
+    {**CHOSEN, **STEP, "step_size": 1, "gamma": 0.8, "seeds": [1, 2, 3]},
 ]
 
 
@@ -329,11 +329,14 @@ def run(changes, seed, parts):
     """Train one configuration; returns its row."""
     settings = {**BASE, **changes}
     epochs = settings["epochs"]
-    step = dict(step_size=4, gamma=0.2)
-    cycle = dict(pct_start=settings["pct_start"])
+    details = {
+        "OneCycleLR": {"pct_start": settings["pct_start"]},
+        "StepLR": {name: settings[name] for name in ("step_size", "gamma")},
+        "ReduceLROnPlateau": {"factor": settings["gamma"], "patience": 0},
+    }
     recipe = dict(
         optimizer=dict(lr=settings["lr"], momentum=0.9, nesterov=True, weight_decay=settings["weight_decay"]),
-        scheduler=(settings["scheduler"], step if settings["scheduler"] == "StepLR" else cycle),
+        scheduler=(settings["scheduler"], details[settings["scheduler"]]),
         augment={name: settings[name] for name in ("degrees", "shift", "scale")},
     )
     extra = {name: settings[name] for name in ("shear", "elastic", "interpolation")}

@@ -1,13 +1,16 @@
 """README.md against the files that its numbers come from."""
 
 import csv
+import json
 import re
+import statistics
 
 import pytest
 
 import accuracy
 from conftest import ROOT
 from model import create_model
+import search
 import utils
 
 README = (ROOT / "README.md").read_text()
@@ -41,6 +44,26 @@ def test_times_are_those_of_the_csv():
     for row in rows_of("epoch_time.csv"):
         cells = [row["model"], row["pass"], row["variant"], f"{float(row['seconds']):.2f}"]
         line = " | ".join([*cells, row["to_usual"], row["to_floor"]])
+        assert f"| {line} |" in README, line
+
+
+def test_schedules_are_those_of_the_search():
+    """Model4's row for each schedule tried: its settings, and the mean of its seeds."""
+    by_schedule = {}
+    for row in rows_of("search.csv"):
+        changes = json.loads(row["changes"])
+        details = {key: changes.pop(key, search.BASE[key]) for key in ("scheduler", "step_size", "gamma")}
+        name, step, gamma = details.values()
+        if changes == search.CHOSEN:
+            cells = {"StepLR": (step, gamma), "ReduceLROnPlateau": ("", gamma)}.get(name, ("", ""))
+            by_schedule.setdefault((name, *cells), []).append(row)
+    assert len(by_schedule) == 8
+    for schedule, rows in by_schedule.items():
+        mean, loss = (
+            statistics.mean(float(row[column]) for row in rows)
+            for column in ("mean_last_five", "loss_last_three")
+        )
+        line = " | ".join([*map(str, schedule), str(len(rows)), f"{mean:.2f}", f"{loss:.4f}"])
         assert f"| {line} |" in README, line
 
 
