@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+import signal
 import sys
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 import utils
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, Ctrl-C is ignored
 
 
 @pytest.fixture(scope="session")
