@@ -35,11 +35,9 @@ _SGD = dict(lr=0.01, momentum=0.9)
 _STEP = ("StepLR", dict(step_size=6, gamma=0.1))
 _PLATEAU = dict(mode="min", factor=0.1, patience=10, threshold=1e-4, threshold_mode="abs")
 CONSTANT = ("ConstantLR", dict(factor=1.0))  # what the published runs really did
-_NESTEROV = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-_CYCLE = ("OneCycleLR", dict(pct_start=0.2))
 _AUGMENTED = dict(
-    optimizer=_NESTEROV,
-    scheduler=_CYCLE,
+    optimizer=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    scheduler=("OneCycleLR", dict(pct_start=0.2)),
     augment=dict(degrees=10, shift=0.06, scale=0.06),
     average=0.99,
     plain=5,

@@ -3,8 +3,8 @@
     python benchmarks/epoch_time.py --model Model3          the table, kept in epoch_time.csv
     python benchmarks/epoch_time.py --model Model3 --quick  on a tenth of the data, not kept
 
-In one process, in turn, in another order each round, so that a change in the machine's speed falls
-on all of them:
+In one process, in turn, in another order each round, so that neither a change in the machine's
+speed nor what ran before falls on one of them alone:
 A. torchvision's MNIST with per-image transforms in a DataLoader (RandomAffine, too, where the
    model's recipe augments), read by `utils.train`;
 B. this repository's loader, read by `utils.train`;
@@ -37,8 +37,9 @@ import utils
 
 CSV = ROOT / "benchmarks" / "epoch_time.csv"
 COLUMNS = (
-    "model augment pass variant images batch seconds to_usual to_floor peak_mb device threads torch".split()
-)
+    "model augment pass variant images batch seconds fastest slowest to_usual to_floor peak_mb device"
+    " threads torch"
+).split()
 
 
 def usual_loader(dataset, augment, batch_size, workers, device, shuffle):
@@ -124,20 +125,18 @@ def main():
         train_set, test_set = tenth(train_set), tenth(test_set)
     augment = utils.RECIPES[args.model].get("augment")
     timed = list(variants(args, args.device, train_set, test_set, augment))
-    seconds = [[] for _ in timed]
+    seconds = {(phase, variant): [] for phase, variant, *_ in timed}
     for round_ in tqdm(range(args.rounds), desc="rounds"):
-        # what runs after the worker processes may be slowed by them: no variant always does
-        for i in random.Random(round_).sample(range(len(timed)), len(timed)):
-            _, _, function, loader = timed[i]
-            seconds[i].append(measure(function, loader, args.model, args.device))
-    median = [statistics.median(times) for times in seconds]
-    of = {(phase, variant): value for (phase, variant, *_), value in zip(timed, median)}
+        for phase, variant, function, loader in random.Random(round_).sample(timed, len(timed)):
+            seconds[phase, variant].append(measure(function, loader, args.model, args.device))
+    median = {key: statistics.median(times) for key, times in seconds.items()}
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     rows = []
-    for (phase, variant), value in of.items():
+    for (phase, variant), times in seconds.items():
+        value = median[phase, variant]
         count = len(train_set if phase == "train" else test_set) // (10 if "tenth" in variant else 1)
-        ratios = value / of[phase, "A usual, 0 workers"], value / of[phase, "C floor"]
+        ratios = value / median[phase, "A usual, 0 workers"], value / median[phase, "C floor"]
         cells = (
             args.model,
             int(bool(augment)),
@@ -145,7 +144,7 @@ def main():
             variant,
             count,
             args.batch,
-            *(f"{x:.3f}" for x in (value, *ratios)),
+            *(f"{x:.3f}" for x in (value, min(times), max(times), *ratios)),
         )
         rows.append(
             dict(zip(COLUMNS, map(str, (*cells, peak, hardware, torch.get_num_threads(), torch.__version__))))

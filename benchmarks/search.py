@@ -39,8 +39,7 @@ import utils
 CSV = ROOT / "benchmarks" / "search.csv"
 COLUMNS = (
     "changes seed parameters mean_last_five worst_last_five last loss_last_three train_acc"
-    " val_acc_by_epoch seconds"
-    " device threads torch"
+    " val_acc_by_epoch seconds device threads torch"
 ).split()
 BASE = dict(
     layers="6 10 10 P 14 14 16",
@@ -65,7 +64,7 @@ BASE = dict(
     interpolation="bilinear",
 )
 AFFINE = utils.random_affine  # `run` puts `distort` in its place where more is asked for
-LAST = dict(memory="channels_last")  # on a CPU faster, and BatchNorm then exact to 5e-5 only
+LAST = dict(memory="channels_last")
 DECAY = dict(weight_decay=0.0005)
 SEPARABLE = dict(layers="16 D16 D24 P D32 D36 D36 D36")
 CHOSEN = {**DECAY, **LAST, "plain": 5, **SEPARABLE}  # what Model4 is

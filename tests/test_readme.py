@@ -52,8 +52,9 @@ def test_schedules_are_those_of_the_search():
     by_schedule = {}
     for row in rows_of("search.csv"):
         changes = json.loads(row["changes"])
-        details = {key: changes.pop(key, search.BASE[key]) for key in ("scheduler", "step_size", "gamma")}
-        name, step, gamma = details.values()
+        name, step, gamma = (
+            changes.pop(key, search.BASE[key]) for key in ("scheduler", "step_size", "gamma")
+        )
         if changes == search.CHOSEN:
             cells = {"StepLR": (step, gamma), "ReduceLROnPlateau": ("", gamma)}.get(name, ("", ""))
             by_schedule.setdefault((name, *cells), []).append(row)
