@@ -1,8 +1,8 @@
-"""Accuracy of the models over several seeds, trained by the notebook's own code on real MNIST.
+"""Accuracy of the models over several seeds, trained as the notebook trains, on real MNIST.
 
     python benchmarks/accuracy.py --models Model1 Model3 --seeds 1 2 3   train what is missing
     python benchmarks/accuracy.py --summary                              print the tables
-    python benchmarks/accuracy.py --plot                                 draw images/ModelN.png
+    S7_FIGURES=images python benchmarks/accuracy.py --plot               draw the curves
 
 A finished run is appended to `accuracy.csv`, a row an epoch; a run cut off goes on from its
 checkpoint. Several processes may work at once on different models or seeds.
@@ -10,6 +10,7 @@ checkpoint. Several processes may work at once on different models or seeds.
 
 import argparse
 import csv
+import io
 import os
 from pathlib import Path
 import statistics
@@ -20,64 +21,84 @@ sys.path.insert(0, str(ROOT))
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from tqdm import tqdm
 
-from model import create_model, GapNetwork
+from model import create_model
 import utils
 
 CSV = ROOT / "benchmarks" / "accuracy.csv"
-COLUMNS = (
-    "model schedule seed epoch learning_rate train_loss train_acc test_loss test_acc seconds"
-    " device threads torch"
-).split()
-
+NUMBERS = "learning_rate train_loss train_acc test_loss test_acc seconds".split()  # as in `History`
+SEEDS = (1, 2, 3, 4, 5)
 PUBLISHED = {"Model1": (88.88, 98.53), "Model2": (99.50, 99.11), "Model3": (99.50, 99.28)}
-SCHEDULE_TEXT = {
-    "constant": "constant",
-    "described": "schedule as described",
-    "augmented": "as described, augmented to the end",
-    "steplr": "StepLR",
-}
 
-# Models 4 and 5 before their convolutions were made separable.
-FULL = {"Full4": ((6, 10, 10), (14, 14, 16)), "Full5": ((6, 8, 8), (10, 10, 14))}
-# From Model2 to Model4, one change at a time, by model and schedule, and one step more.
 _TWO, _FOUR = utils.RECIPES["Model2"], utils.RECIPES["Model4"]
-_CYCLE = {**_TWO, "optimizer": {**_FOUR["optimizer"], "weight_decay": 0}, "scheduler": _FOUR["scheduler"]}
-_AUGMENT = {**_CYCLE, "augment": _FOUR["augment"]}
-_AVERAGE = {**_FOUR, "plain": 0}
-_STEP = {**_FOUR, "scheduler": ("StepLR", dict(step_size=1, gamma=0.7))}
-STEPS = {
-    ("Full4", "network"): ("three convolutions, a pool, three more, trained as Model2", _TWO),
-    ("Full4", "cycle"): ("Nesterov momentum, one cycle up to 0.1", _CYCLE),
-    ("Full4", "augment"): ("augmentation", _AUGMENT),
-    ("Full4", "decay"): ("weight decay 0.0005", {**_AUGMENT, "optimizer": _FOUR["optimizer"]}),
-    ("Full4", "average"): ("average of the weights", _AVERAGE),
-    ("Model4", "augmented"): ("separable convolutions, one more of them", _AVERAGE),
-    ("Model4", "described"): ("no augmentation in the last five epochs: Model4", _FOUR),
-    ("Model4", "steplr"): ("not taken: StepLR in place of one cycle", _STEP),
-}
-_SMALL = {**_FOUR, "augment": dict(degrees=7, shift=0.05, scale=0.05)}
+_CONSTANT = dict(StepLR=dict(step_size=1, gamma=1.0))  # what the published runs really did
+_RATE = {**_FOUR, "augment": None}
 RECIPES = {
     **{(name, "described"): recipe for name, recipe in utils.RECIPES.items()},
-    **{
-        (name, "constant"): {**utils.RECIPES[name], "scheduler": utils.CONSTANT}
-        for name in ("Model1", "Model2")
-    },
-    **{key: recipe for key, (_, recipe) in STEPS.items()},
-    ("Full4", "steplr"): {**_AVERAGE, "scheduler": ("StepLR", dict(step_size=4, gamma=0.2))},
-    ("Full5", "described"): _SMALL,
-    ("Full5", "augmented"): {**_SMALL, "plain": 0},
-    ("Model5", "steplr"): _STEP,
+    ("Model1", "constant"): {**utils.RECIPES["Model1"], **_CONSTANT},
+    ("Model2", "rate"): _RATE,
+    ("Model2", "augment"): {**_FOUR, "plain": 0},
+    ("Model2", "plain"): _FOUR,
+}
+STEPS = {  # from Model1 to Model4, one change at a time
+    ("Model1", "described"): "Model1",
+    ("Model2", "described"): "Model2: another network, no dropout",
+    ("Model2", "rate"): "Model4's optimizer and scheduler",
+    ("Model2", "augment"): "augmentation",
+    ("Model2", "plain"): "no augmentation in the last five epochs",
+    ("Model4", "described"): "separable convolutions: Model4",
 }
 
 
-def make_model(name):
-    """A new network by name, one of `FULL` or of the assignment's."""
-    return GapNetwork(*FULL[name]) if name in FULL else create_model(name)
+def train_model(model, recipe, train_set, test_set, settings, path, device="cpu"):
+    """Train as the notebook does; returns the `History`. A run cut off goes on from `path`.
+
+    `settings` has `epochs`, `batch_size` and `seed`; with the recipe they are what the checkpoint
+    is compared by.
+    """
+    utils.keep_freed_memory()
+    train_loader = utils.BatchLoader(train_set, settings["batch_size"], device, shuffle=True)
+    test_loader = utils.BatchLoader(test_set, settings["batch_size"], device)
+    optimizer = torch.optim.SGD(model.parameters(), **recipe["optimizer"])
+    if "StepLR" in recipe:
+        scheduler = StepLR(optimizer, **recipe["StepLR"])
+    else:
+        scheduler = ReduceLROnPlateau(optimizer, **recipe["ReduceLROnPlateau"])
+    run = utils.Run(path, {**settings, **recipe}, model, optimizer, scheduler, resume=True)
+    for epoch in run.epochs():
+        train_loader.augment = recipe["augment"] if epoch <= settings["epochs"] - recipe["plain"] else None
+        trained = utils.train(model, device, train_loader, optimizer, F.nll_loss)
+        tested = utils.test(model, device, test_loader, F.nll_loss)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(tested[0])
+        else:
+            scheduler.step()
+        run.record(trained, tested)
+    return run.history
 
 
-def read_rows(path=CSV):
+def run(name, schedule, seed, epochs, data, device, path):
+    """Train one model with one seed; returns its rows."""
+    torch.manual_seed(seed)
+    model = create_model(name).to(device)
+    settings = dict(model=name, data=data[0].title, epochs=epochs, batch_size=128, seed=seed)
+    history = train_model(model, RECIPES[name, schedule], *data, settings, path, device)
+    numbers = (history.learning_rates, history.train_losses, history.train_acc, history.test_losses)
+    numbers = zip(*numbers, history.test_acc, history.seconds)
+    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    where = dict(device=hardware, threads=torch.get_num_threads(), torch=torch.__version__)
+    return [
+        dict(model=name, schedule=schedule, seed=seed, epoch=epoch)
+        | {column: round(number, 6) for column, number in zip(NUMBERS, row)}
+        | where
+        for epoch, row in enumerate(numbers, 1)
+    ]
+
+
+def read_rows(path):
     """The recorded rows, as dictionaries of strings; none where there is no file."""
     if not Path(path).exists():
         return []
@@ -85,68 +106,33 @@ def read_rows(path=CSV):
         return list(csv.DictReader(file))
 
 
-def append_rows(rows, path=CSV):
+def append_rows(rows, path):
     """Append a run's rows with one write, so that a process killed here leaves all or none."""
-    path = Path(path)
-    lines = [] if path.exists() else [",".join(COLUMNS)]
-    lines += [",".join(str(row[column]) for column in COLUMNS) for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    if not Path(path).exists():
+        writer.writeheader()
+    writer.writerows(rows)
     with open(path, "a") as file:
-        file.write("\n".join(lines) + "\n")
-
-
-def run(name, schedule, seed, epochs, data, device, checkpoint):
-    """Train one model with one seed; returns its rows."""
-    recipe = RECIPES[name, schedule]
-    torch.manual_seed(seed)
-    model = make_model(name).to(device)
-    train_loader, test_loader = utils.make_loaders(*data, recipe, device)
-    optimizer, scheduler = utils.make_optimizer(model, recipe, epochs, len(train_loader))
-    history = utils.fit(
-        model,
-        device,
-        train_loader,
-        test_loader,
-        optimizer,
-        scheduler,
-        epochs,
-        seed,
-        average=recipe.get("average"),
-        plain=recipe.get("plain", 0),
-        checkpoint=checkpoint,
-        resume=True,
-    )
-    if len(history.test_acc) < epochs:
-        sys.exit("stopped: the same command goes on from here")
-    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    where = (hardware, torch.get_num_threads(), torch.__version__)
-    columns = ("learning_rates", "train_losses", "train_acc", "test_losses", "test_acc", "seconds")
-    values = zip(*(getattr(history, column) for column in columns))
-    return [
-        dict(zip(COLUMNS, (name, schedule, seed, epoch, *(round(x, 6) for x in row), *where)))
-        for epoch, row in enumerate(values, 1)
-    ]
+        file.write(text.getvalue())
 
 
 def recorded_runs(path=CSV):
     """`{(model, schedule): [run, …]}`, a run being its rows' numbers by column, epoch after epoch.
 
-    Model3 under a constant rate is Model2 under a constant rate, so those runs stand under both.
+    Models 2 and 3 are one network: as long as Model3's rate has not fallen, its runs are those of
+    both at a constant rate, bit for bit, and stand there too.
     """
     runs = {}
     for row in read_rows(path):
         run = runs.setdefault((row["model"], row["schedule"]), {}).setdefault(row["seed"], {})
-        for column in COLUMNS[4:10]:
+        for column in NUMBERS:
             run.setdefault(column, []).append(float(row[column]))
     runs = {key: list(by_seed.values()) for key, by_seed in runs.items()}
-    if ("Model2", "constant") in runs:
-        runs["Model3", "constant"] = runs["Model2", "constant"]
+    three = runs.get(("Model3", "described"), [])
+    if three and all(set(run["learning_rate"]) == {0.01} for run in three):
+        runs["Model2", "constant"] = runs["Model3", "constant"] = three
     return runs
-
-
-def figures(runs, column):
-    """Best epoch, last epoch and worst of the last five, each over the runs."""
-    values = [run[column] for run in runs]
-    return [[pick(v) for v in values] for pick in (max, lambda v: v[-1], lambda v: min(v[-5:]))]
 
 
 def spread(values):
@@ -159,143 +145,124 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def model_table(name, runs):
-    """One model's accuracies by schedule, the published best epoch beside the best of ours."""
-    rows = []
-    for schedule in SCHEDULE_TEXT:
-        if (name, schedule) not in runs:
-            continue
-        for column, published in zip(("train_acc", "test_acc"), PUBLISHED.get(name, (None, None))):
-            best, last, worst = figures(runs[name, schedule], column)
-            row = [SCHEDULE_TEXT[schedule], column[:-4], *map(spread, (best, last, worst))]
-            row.append(f"{min(best):.2f} to {max(best):.2f}")
-            if published:
-                inside = min(best) <= published <= max(best)
-                row.append(f"{published:.2f}, {'inside' if inside else 'outside'}")
-            rows.append(row)
-    header = [
-        "learning rate",
-        "accuracy (%)",
-        "best epoch",
-        "last epoch",
-        "worst of last five",
-        "best epoch, by seed",
-    ]
-    return markdown(header + ["published best epoch"] * (name in PUBLISHED), rows)
+def last_five(run):
+    return statistics.mean(run["test_acc"][-5:])
 
 
 def overview(runs):
-    """All models side by side, under the schedule of their recipe."""
+    """All models side by side, under the schedule of their recipe; of the epoch from which 99.4 %
+    is held, the latest of the seeds."""
     rows = []
-    for name in utils.RECIPES:
-        if (name, "described") not in runs:
-            continue
-        layers = utils.layer_table(create_model(name))
-        parameters, mult_adds = (
-            f"{sum(layer[k] for layer in layers):,}" for k in ("parameters", "mult_adds")
-        )
-        best, last, worst = figures(runs[name, "described"], "test_acc")
-        seconds = statistics.median(s for run in runs[name, "described"] for s in run["seconds"])
-        row = [name, parameters, mult_adds, layers[-1]["receptive_field"], *map(spread, (best, last, worst))]
-        rows.append([*row, f"{min(worst):.2f}", f"{seconds:.1f}"])
-    header = "model,parameters,mult-adds,receptive field,best epoch,last epoch,worst of last five".split(",")
-    return markdown([*header, "worst of all seeds", "seconds an epoch"], rows)
+    for name in (name for name in utils.RECIPES if (name, "described") in runs):
+        seeds = runs[name, "described"]
+        _, parameters, mult_adds, field = utils.summarise(create_model(name)).splitlines()[-1].split()
+        tests = [run["test_acc"] for run in seeds]
+        held = [utils.held_from(test) for test in tests]
+        row = [name, parameters, mult_adds, field, spread([run["train_acc"][-1] for run in seeds])]
+        row += [spread([max(test) for test in tests]), spread([last_five(run) for run in seeds])]
+        rows.append([*row, f"{min(min(test[-5:]) for test in tests):.2f}", max(held) if all(held) else "not held"])
+    header = "model,parameters,mult-adds,receptive field,train last epoch,test best epoch,mean of last five"
+    return markdown([*header.split(","), "worst of last five", "99.4 held from epoch"], rows)
+
+
+def model_table(name, runs):
+    """One model's accuracies by schedule, with the published ones; in brackets the range of seeds."""
+    rows = []
+    for schedule, text in (("constant", "constant, 0.01"), ("described", "as described")):
+        seeds, cells = runs.get((name, schedule), []), []
+        for column in ("train_acc", "test_acc"):
+            best = [max(run[column]) for run in seeds]
+            cells.append(f"{spread(best)} ({min(best):.2f} to {max(best):.2f})" if best else "")
+        for pick in (lambda test: test[-1], lambda test: min(test[-5:])):
+            cells.append(spread([pick(run["test_acc"]) for run in seeds]) if seeds else "")
+        rows += [[text, *cells]] if seeds else []
+    if name in PUBLISHED:
+        rows.append(["published", *(f"{figure:.2f}" for figure in PUBLISHED[name]), "", ""])
+    header = "learning rate,train best epoch,test best epoch,test last epoch,worst of last five"
+    return markdown(header.split(","), rows)
+
+
+def layers(name):
+    """The blocks of a network: output, parameters and receptive field of each."""
+    blocks = {}
+    for line in utils.summarise(create_model(name)).splitlines()[1:]:
+        path, *_, parameters, _, field = line.split()
+        block = ".".join(path.split(".")[: 2 if path.startswith(("before", "after")) else 1])
+        shape = line.split()[2] if block != "total" else ""
+        total = blocks[block][2] if block in blocks else 0
+        blocks[block] = [block, shape, total + int(parameters.replace(",", "")), field]
+    rows = [[block, shape, f"{count:,}", field] for block, shape, count, field in blocks.values()]
+    return markdown(["block", "output", "parameters", "receptive field"], rows)
 
 
 def steps_table(runs):
-    """What each step from Model1 to Model4, and the one not taken, is worth, over the first three
-    seeds; None where a step has not been run."""
-    chain = {("Model1", "described"): "Model1", ("Model2", "described"): "Model2: its network, no dropout"}
-    chain |= {key: text for key, (text, _) in STEPS.items()}
+    """What each step from Model1 to Model4 is worth, over the first three seeds."""
     rows, before = [], None
-    for key, text in chain.items():
-        seeds = [run["test_acc"][-5:] for run in runs.get(key, [])[:3]]
-        if len(seeds) < 3:
-            return None
-        by_seed = [statistics.mean(five) for five in seeds]
-        mean = statistics.mean(by_seed)
-        change = "" if before is None else f"{mean - before:+.2f}"
-        rows.append([text, spread(by_seed), f"{min(map(min, seeds)):.2f}", change])
-        before = mean
-    return markdown(["step", "mean of the last five", "worst of the last five", "change"], rows)
+    for key, text in STEPS.items():
+        seeds = runs.get(key, [])[:3]
+        if len(seeds) == 3:
+            means = [last_five(run) for run in seeds]
+            change = "" if before is None else f"{statistics.mean(means) - before:+.2f}"
+            worst = min(min(run["test_acc"][-5:]) for run in seeds)
+            rows.append([text, spread(means), f"{worst:.2f}", change])
+            before = statistics.mean(means)
+    return markdown(["step", "mean of last five", "worst of last five", "change"], rows)
 
 
 def tables(path=CSV):
     """Every table that the README takes from the recorded runs, by title."""
     runs = recorded_runs(path)
-    by_model = {name: model_table(name, runs) for name in utils.RECIPES if (name, "described") in runs}
-    found = {"All models": overview(runs), **by_model, "Steps": steps_table(runs)} if runs else {}
-    return {title: table for title, table in found.items() if table}
+    found = {"All models": overview(runs), "Steps": steps_table(runs)}
+    return found | {name: model_table(name, runs) for name in utils.RECIPES}
 
 
-def plot(name, runs, folder=ROOT / "images"):
+def plot(name, runs):
     """Train and test accuracy of every seed, thin, and their mean, strong, for each schedule."""
     schedules = [schedule for schedule in ("constant", "described") if (name, schedule) in runs]
-    figure, axes = plt.subplots(
-        1,
-        len(schedules),
-        figsize=(5.2 * len(schedules), 3.6),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = dict(figsize=(5.2 * len(schedules), 3.6), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(schedules), **size)
     for axis, schedule in zip(axes[0], schedules):
         seeds = runs[name, schedule]
         for column, colour in (("train_acc", utils.TRAIN_COLOUR), ("test_acc", utils.TEST_COLOUR)):
-            lines = [run[column] for run in seeds]
-            epochs = range(1, len(lines[0]) + 1)
-            for line in lines:
-                axis.plot(epochs, line, color=colour, linewidth=0.7, alpha=0.6)
-            mean = [statistics.mean(values) for values in zip(*lines)]
-            axis.plot(
-                epochs, mean, color=colour, linewidth=2.4, label=f"{column[:-4]}, mean of {len(seeds)} seeds"
-            )
-        axis.set(title=f"{name}, learning rate: {SCHEDULE_TEXT[schedule]}", xlabel="epoch")
+            lines = torch.tensor([run[column] for run in seeds])
+            epochs = range(1, lines.shape[1] + 1)
+            axis.plot(epochs, lines.T, color=colour, linewidth=0.7, alpha=0.6)
+            label = f"{column[:-4]}, mean of {len(seeds)} seeds"
+            axis.plot(epochs, lines.mean(0), color=colour, linewidth=2.4, label=label)
+        axis.set(title=f"{name}, learning rate {schedule}", xlabel="epoch", ylabel="accuracy (%)")
         axis.set_ylim(min(min(run[c][1] for c in ("train_acc", "test_acc")) for run in seeds) - 0.3, 100)
         axis.grid(alpha=0.3)
-        axis.legend(loc="best")
-    axes[0, 0].set_ylabel("accuracy (%)")
-    utils.finish(figure, name, folder)
+        axis.legend()
+    utils.finish(figure, name, f"Accuracy of {name} by epoch")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=[*utils.RECIPES, *FULL], default=list(utils.RECIPES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument(
-        "--schedules",
-        nargs="+",
-        choices=sorted({schedule for _, schedule in RECIPES}),
-        default=list(SCHEDULE_TEXT),
-    )
+    parser.add_argument("--models", nargs="+", choices=list(utils.RECIPES), default=list(utils.RECIPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--csv", type=Path, default=CSV, help="where the rows go")
     parser.add_argument("--summary", action="store_true", help="print the README's tables")
-    parser.add_argument("--plot", action="store_true", help="draw images/ModelN.png")
+    parser.add_argument("--plot", action="store_true", help="draw the curves into the folder S7_FIGURES")
     args = parser.parse_args()
-    if args.summary or args.plot:
-        for title, table in tables(args.csv).items() if args.summary else ():
-            print(f"\n{title}\n\n{table}")
-        for name in utils.RECIPES if args.plot else ():
+    if args.summary:
+        print("\n\n".join(f"{title}\n\n{table}" for title, table in tables(args.csv).items()))
+    if args.plot:
+        for name in utils.RECIPES:
             plot(name, recorded_runs(args.csv))
+    if args.summary or args.plot:
         return
-    wanted = [
-        (name, schedule, seed)
-        for seed in args.seeds
-        for name in args.models
-        for schedule in args.schedules
-        if (name, schedule) in RECIPES
-    ]
+    keys = [key for key in RECIPES if key[0] in args.models]
+    wanted = [(*key, seed) for seed in args.seeds for key in keys]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = utils.load_data(standin=False)
     folder = Path(os.environ.get("S7_CHECKPOINTS", "checkpoints"))
     for name, schedule, seed in tqdm(wanted, desc="runs"):
         done = {(row["model"], row["schedule"], row["seed"]) for row in read_rows(args.csv)}
-        if (name, schedule, str(seed)) in done:
-            continue
-        print(f"\n{name}, {schedule} schedule, seed {seed}")
-        checkpoint = folder / f"accuracy-{name}-{schedule}-{seed}.pt"
-        append_rows(run(name, schedule, seed, args.epochs, data, device, checkpoint), args.csv)
+        if (name, schedule, str(seed)) not in done:
+            print(f"\n{name}, {schedule}, seed {seed}")
+            path = folder / f"accuracy-{name}-{schedule}-{seed}.pt"
+            append_rows(run(name, schedule, seed, args.epochs, data, device, path), args.csv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared set-up: tests see stand-in digits in a folder of their own, and never the network."""
+"""Shared set-up: tests see stand-in digits, and never the network or the caller's settings."""
 
 import os
 from pathlib import Path
@@ -14,24 +14,33 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from torch.optim.lr_scheduler import StepLR
 
+from model import create_model
 import utils
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, Ctrl-C is ignored
 
+RECIPE = dict(  # all that a recipe can have
+    optimizer=dict(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    StepLR=dict(step_size=2, gamma=0.1),
+    augment=dict(degrees=10, shift=0.05, scale=0.05),
+    plain=2,
+)
+
+
+def make_parts(settings, recipe=RECIPE):
+    """A network, its optimizer and a StepLR, as the notebook makes them."""
+    torch.manual_seed(settings["seed"])
+    model = create_model(settings["model"])
+    optimizer = torch.optim.SGD(model.parameters(), **recipe["optimizer"])
+    return model, optimizer, StepLR(optimizer, **recipe["StepLR"])
+
 
 @pytest.fixture(scope="session")
-def data_folder(tmp_path_factory):
-    """A data folder that holds the stand-in digits, drawn once for all tests."""
-    folder = tmp_path_factory.mktemp("data")
-    utils.StandIn(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def digits(data_folder):
+def digits():
     """The stand-in train and test sets."""
-    return utils.StandIn(data_folder), utils.StandIn(data_folder, train=False)
+    return utils.StandIn(), utils.StandIn(train=False)
 
 
 @pytest.fixture
@@ -49,15 +58,20 @@ def small(digits):
 
 
 @pytest.fixture(autouse=True)
-def no_figures_left():
-    yield
+def figures(monkeypatch):
+    """The figures that a test shows, still open, with their alternative texts; closed after it."""
+    shown = []
+    monkeypatch.setattr(utils, "display", lambda figure, metadata: shown.append((figure, metadata)))
+    monkeypatch.setattr(utils.plt, "close", lambda figure: None)
+    yield shown
+    monkeypatch.undo()
     plt.close("all")
 
 
 @pytest.fixture(autouse=True)
-def plain_environment(monkeypatch):
-    """No setting of the caller's environment reaches a test."""
+def plain_environment(monkeypatch, tmp_path):
+    """No setting of the caller's environment reaches a test, and no file of the working folder."""
     for name in [name for name in os.environ if name.startswith("S7_")]:
         monkeypatch.delenv(name)
-    monkeypatch.delenv("MNIST_ROOT", raising=False)
+    monkeypatch.setenv("MNIST_ROOT", str(tmp_path))
     torch.manual_seed(0)

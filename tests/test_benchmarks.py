@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import accuracy
+import search
 import utils
 
 
@@ -25,76 +26,96 @@ def start(small, tmp_path, monkeypatch):
     return run
 
 
-@pytest.fixture
-def epochs_trained(monkeypatch):
-    """The epochs that `train` is called for; `stop_at` interrupts the nth as Ctrl-C does."""
+def test_stopped_and_started_again_nothing_is_trained_twice(start, monkeypatch):
     calls, real = [], utils.train
 
     def train(*args):
-        calls.append(len(calls) + 1)
-        if calls[-1] == train.stop_at:
+        calls.append(args)
+        if len(calls) == 5:  # in the second epoch of the second run
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    train.stop_at = None
     monkeypatch.setattr(utils, "train", train)
-    return calls, train
-
-
-def test_a_row_an_epoch_with_what_a_reader_must_know(start):
-    rows = start("--models", "Model2", "--schedules", "described")
-    assert list(rows[0]) == accuracy.COLUMNS
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert {(row["model"], row["schedule"], row["seed"]) for row in rows} == {("Model2", "described", "1")}
-    assert all(0 <= float(row["test_acc"]) <= 100 and float(row["seconds"]) > 0 for row in rows)
-
-
-def test_stopped_and_started_again_nothing_is_trained_twice(start, epochs_trained):
-    calls, train = epochs_trained
-    train.stop_at = 5  # in the second epoch of the second run
-    with pytest.raises(SystemExit, match="the same command goes on"):
-        start("--models", "Model2", "--schedules", "constant", "described")
-    train.stop_at = None
-    rows = start("--models", "Model2", "--schedules", "constant", "described")
+    with pytest.raises(KeyboardInterrupt):
+        start("--models", "Model1")
+    rows = start("--models", "Model1")
     assert len(calls) == 7  # 3 + 1, the one cut off, 2
-    keys = [(row["schedule"], row["epoch"]) for row in rows]
-    assert keys == [(s, e) for s in ("constant", "described") for e in "123"]
-    assert start("--models", "Model2") == rows and len(calls) == 7
+    where = ["device", "threads", "torch"]
+    assert list(rows[0]) == ["model", "schedule", "seed", "epoch", *accuracy.NUMBERS, *where]
+    keys = [(row["model"], row["schedule"], row["seed"], row["epoch"]) for row in rows]
+    assert keys == [("Model1", s, "1", e) for s in ("described", "constant") for e in "123"]
+    assert all(0 <= float(row["test_acc"]) <= 100 and float(row["seconds"]) > 0 for row in rows)
+    assert start("--models", "Model1") == rows and len(calls) == 7
 
 
-def test_model3_under_a_constant_rate_is_model2s_run(start, tmp_path):
-    rows = start("--models", "Model2", "Model3")
-    assert {(r["model"], r["schedule"]) for r in rows} == {
-        ("Model2", "constant"),
-        ("Model2", "described"),
-        ("Model3", "described"),
-    }
-    runs = accuracy.recorded_runs(tmp_path / "accuracy.csv")
-    assert runs["Model3", "constant"] == runs["Model2", "constant"]
+def write_runs(path, key, *seeds, rate=0.01):
+    """A file of runs whose test accuracies are given."""
+    rows = [
+        dict.fromkeys(["model", "schedule", "seed", "epoch", *accuracy.NUMBERS], 1)
+        | dict(model=key[0], schedule=key[1], seed=seed, epoch=epoch, learning_rate=rate)
+        | dict(train_acc=99.5, test_acc=test_acc)
+        for seed, values in enumerate(seeds, 1)
+        for epoch, test_acc in enumerate(values, 1)
+    ]
+    accuracy.append_rows(rows, path)
+    return accuracy.recorded_runs(path)
+
+
+ONE, TWO = [97, 98.9, 99.0, 99.2, 98.8, 99.1, 99.0], [97, 99.0, 99.4, 99.1, 99.2, 99.3, 99.2]
+
+
+@pytest.mark.parametrize("rate, shared", [(0.01, True), (0.001, False)])
+def test_a_constant_rate_is_model3s_run_only_if_its_rate_never_fell(tmp_path, rate, shared):
+    runs = write_runs(tmp_path / "accuracy.csv", ("Model3", "described"), ONE, rate=rate)
+    assert (("Model2", "constant") in runs) == (("Model3", "constant") in runs) == shared
+
+
+def test_model2_and_model3_are_one_run_until_the_rate_falls(small, tmp_path):
+    """What lets the constant-rate runs of both be made once: the same bits."""
+    data, histories = (small(300), small(100, train=False)), []
+    recipe = utils.RECIPES["Model2"] | dict(StepLR=dict(step_size=1, gamma=1.0))
+    for number, recipe in enumerate([recipe, utils.RECIPES["Model3"]]):
+        utils.torch.manual_seed(1)
+        model, settings = accuracy.create_model("Model2"), dict(epochs=3, batch_size=50, seed=1)
+        histories.append(accuracy.train_model(model, recipe, *data, settings, tmp_path / f"{number}.pt"))
+    assert histories[0] == histories[1]
 
 
 def test_the_tables_arithmetic(tmp_path):
     """Two seeds of seven epochs, worked out by hand."""
-    path = tmp_path / "accuracy.csv"
-    for seed, test_acc in (
-        (1, [97, 98.9, 99.0, 99.2, 98.8, 99.1, 99.0]),
-        (2, [97, 99.0, 99.4, 99.1, 99.2, 99.3, 99.2]),
-    ):
-        rows = [
-            dict.fromkeys(accuracy.COLUMNS, 1)
-            | dict(model="Model2", schedule="constant", seed=seed, epoch=i, train_acc=99.5, test_acc=a)
-            for i, a in enumerate(test_acc, 1)
-        ]
-        accuracy.append_rows(rows, path)
-    table = accuracy.model_table("Model2", accuracy.recorded_runs(path)).splitlines()
+    runs = write_runs(tmp_path / "accuracy.csv", ("Model3", "described"), ONE, TWO)
+    lines = [line.strip("| ").split(" | ") for line in accuracy.model_table("Model3", runs).splitlines()[2:]]
     # best 99.2 and 99.4, last 99.0 and 99.2, worst of the last five 98.8 and 99.1
-    cells = [cell.strip() for cell in table[-1].strip("|").split("|")]
-    assert cells[1:] == [
-        "test",
-        "99.30 ± 0.14",
-        "99.10 ± 0.14",
-        "98.95 ± 0.21",
-        "99.20 to 99.40",
-        "99.11, outside",
-    ]
-    assert table[-2].endswith("| 99.50 to 99.50 | 99.50, inside |")
+    cells = ["99.50 ± 0.00 (99.50 to 99.50)", "99.30 ± 0.14 (99.20 to 99.40)", "99.10 ± 0.14", "98.95 ± 0.21"]
+    assert lines[0] == ["constant, 0.01", *cells] and lines[1] == ["as described", *cells]
+    assert lines[2][:3] == ["published", "99.50", "99.28"]
+
+
+def test_the_overviews_arithmetic(tmp_path):
+    """Held from the third epoch by the one seed, from the second by the other: the worst is 3."""
+    high = [98, 99.3, 99.5, 99.4, 99.6, 99.5, 99.5], [98, 99.4, 99.5, 99.7, 99.6, 99.5, 99.5]
+    runs = write_runs(tmp_path / "accuracy.csv", ("Model4", "described"), *high)
+    line = accuracy.overview(runs).splitlines()[-1]
+    assert line.startswith("| Model4 | 7,808 | 789,712 | 28 | 99.50 ± 0.00 | 99.65 ± 0.07 | 99.53 ± 0.04 |")
+    assert line.endswith("| 99.40 | 3 |")
+    runs = write_runs(tmp_path / "accuracy.csv", ("Model5", "described"), ONE, high[0])
+    assert accuracy.overview(runs).splitlines()[-1].endswith("| 98.80 | not held |")
+
+
+def test_the_validation_split_is_of_the_training_set_alone():
+    class Numbered:
+        data = targets = utils.torch.arange(60_000)
+
+    parts = search.split(Numbered)
+    assert [len(part.targets) for part in parts] == [50_000, 10_000]
+    assert len(set(parts[0].targets.tolist()) | set(parts[1].targets.tolist())) == 60_000
+
+
+def test_a_configuration_of_the_search_is_model4_with_its_changes(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("S7_CHECKPOINTS", str(tmp_path))
+    row = search.run({"plain": 0, "before": [8, 8, 8]}, 1, (small(200), small(100)), epochs=2)
+    assert row["changes"] == '{"plain": 0, "before": [8, 8, 8]}' and row["parameters"] < 7808
+    assert len(row["val_acc_by_epoch"].split()) == 2
+    chosen = {**search.BASE}
+    assert chosen.pop("batch_size") == 128 and search.run({}, 1, (small(200), small(100)), 1)["parameters"] == 7808
+    assert {k: v for k, v in chosen.items() if k in utils.RECIPES["Model4"]} == utils.RECIPES["Model4"]

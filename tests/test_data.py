@@ -32,32 +32,42 @@ def test_loader_yields_what_torchvision_does(small):
 
 
 def test_shuffling_takes_every_image_once_and_anew(small):
-    dataset = small(300)
-    dataset.targets = torch.arange(300)
-    loader = utils.BatchLoader(dataset, 128, "cpu", shuffle=True)
+    loader = utils.BatchLoader(small(300), 128, "cpu", shuffle=True)
+    loader.target = torch.arange(300)  # the images' numbers
     first, second = (torch.cat([target for _, target in loader]) for _ in range(2))
-    assert not torch.equal(first, second) and not torch.equal(first, dataset.targets)
-    assert torch.equal(first.sort().values, dataset.targets)
+    assert not torch.equal(first, second) and not torch.equal(first, loader.target)
+    assert torch.equal(first.sort().values, loader.target)
     data, target = next(iter(loader))
     assert torch.equal(data, loader.data[target])  # images stay with their targets
 
 
 def test_a_batch_size_below_1_is_refused(small):
-    with pytest.raises(ValueError, match="batch size is 0: at least 1"):
+    with pytest.raises(ValueError, match="10 images in batches of 0: give at least 1"):
         utils.BatchLoader(small(10), 0, "cpu")
 
 
+@pytest.mark.parametrize("bad, message", [(10, "run from 0 to 10: digits"), (-1, "run from -1 to 9")])
+def test_targets_that_are_no_digits_are_refused(small, bad, message):
+    dataset = small(100)
+    dataset.targets[7] = bad
+    with pytest.raises(ValueError, match=message):
+        utils.BatchLoader(dataset, 50, "cpu")
+
+
+def test_an_empty_set_is_refused(small):
+    with pytest.raises(ValueError, match="0 images in batches of 50"):
+        utils.BatchLoader(small(0), 50, "cpu")
+
+
 @pytest.mark.parametrize("degrees, shift, scale", [(10, (3, 0), 1.0), (-7, (0, -2), 1.1), (25, (-1, 4), 0.8)])
-def test_affine_is_torchvisions(small, degrees, shift, scale):
-    images = utils.BatchLoader(small(4), 4, "cpu").data * utils.STD + utils.MEAN
-    ours = utils.affine(
-        images,
-        torch.full((4,), float(degrees)),
-        torch.tensor([shift] * 4) / 28,
-        torch.full((4,), scale),
-        fill=0,
-    )
-    for image, result in zip(images, ours):
+def test_affine_is_torchvisions(small, monkeypatch, degrees, shift, scale):
+    """With the draw fixed to what gives these amounts: a draw of 0.5 is none, 1 the most."""
+    data = utils.BatchLoader(small(4), 4, "cpu").data
+    most = dict(degrees=30, shift=5 / 28, scale=0.3)
+    share = torch.tensor([degrees / 30, shift[0] / 5, shift[1] / 5, (scale - 1) / 0.3])
+    monkeypatch.setattr(utils.torch, "rand", lambda *size, device: ((share + 1) / 2)[:, None].expand(*size))
+    ours = utils.random_affine(data, **most) * utils.STD + utils.MEAN
+    for image, result in zip(data * utils.STD + utils.MEAN, ours):
         expected = torchvision_affine(
             image, degrees, list(shift), scale, [0.0, 0.0], InterpolationMode.BILINEAR
         )
@@ -72,39 +82,35 @@ def test_each_image_of_a_batch_has_its_own_turn_shift_and_scale(small):
 
 
 def test_augmentation_stays_within_its_bounds(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(utils, "affine", lambda data, *amounts: seen.update(amounts=amounts))
+    """The matrices read back: a turn and a size of each image, and where its middle goes."""
+    monkeypatch.setattr(utils.F, "affine_grid", lambda theta, *_, **__: seen.append(theta))
+    monkeypatch.setattr(utils.F, "grid_sample", lambda data, *_, **__: data)
+    seen = []
     utils.random_affine(torch.zeros(5000, 1, 28, 28), degrees=10, shift=0.06, scale=0.05)
-    degrees, shift, scale, _ = seen["amounts"]
-    for values, low, high in ((degrees, -10, 10), (shift, -0.06, 0.06), (scale, 0.95, 1.05)):
-        assert low <= values.min() < low * 0.99 + high * 0.01
-        assert low * 0.01 + high * 0.99 < values.max() <= high
+    turn, move = seen[0][:, :, :2], seen[0][:, :, 2]
+    size = turn.det().rsqrt()
+    angle = torch.atan2(turn[:, 0, 1], turn[:, 0, 0]).rad2deg()
+    shift = -torch.linalg.solve(turn, move) / 2
+    for values, low, high in ((angle, -10, 10), (shift, -0.06, 0.06), (size, 0.95, 1.05)):
+        assert low - 1e-4 <= values.min() < low * 0.99 + high * 0.01
+        assert low * 0.01 + high * 0.99 < values.max() <= high + 1e-4
 
 
-def test_standin_is_in_mnists_format_and_never_taken_for_it(data_folder, digits):
-    assert not (data_folder / "MNIST").exists()
-    renamed = type("StandIn", (datasets.MNIST,), {})  # torchvision's own reader
-    for dataset, train, count in zip(digits, (True, False), (60_000, 10_000)):
-        read = renamed(data_folder, train=train)
-        assert read.data.shape == (count, 28, 28) and read.data.dtype == torch.uint8
-        assert torch.equal(read.data, dataset.data) and torch.equal(read.targets, dataset.targets)
-        assert torch.bincount(read.targets).min() > 0.09 * count
-    for path in (data_folder / "StandIn" / "raw").iterdir():
-        assert hashlib.md5(path.read_bytes()).hexdigest() not in utils.MNIST_MD5.values()
+def test_standin_is_in_mnists_form_and_never_taken_for_it(digits, small):
+    for dataset, count in zip(digits, (60_000, 10_000)):
+        assert dataset.data.shape == (count, 28, 28) and dataset.data.dtype == torch.uint8
+        assert dataset.targets.dtype == torch.int64 and len(dataset) == count
+        assert torch.bincount(dataset.targets).min() > 0.09 * count
+        assert "not MNIST" in dataset.title
+    image, target = digits[0][3]  # as torchvision's own data set gives it
+    assert image.size == (28, 28) and target == digits[0].targets[3]
 
 
 def test_standin_is_deterministic_and_leaves_the_random_state(digits):
     before = torch.get_rng_state()
-    images, labels = utils.draw_digits(10_000)
-    assert torch.equal(images, digits[1].data) and torch.equal(labels.long(), digits[1].targets)
+    again = utils.StandIn(train=False)
+    assert torch.equal(again.data, digits[1].data) and torch.equal(again.targets, digits[1].targets)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_damaged_standin_is_drawn_anew(data_folder, digits, tmp_path):
-    shutil.copytree(data_folder, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "StandIn" / "raw" / "t10k-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:1000])
-    assert torch.equal(utils.StandIn(tmp_path, train=False).data, digits[1].data)
 
 
 # ---- MNIST's files: a small set of our own plays MNIST, on a server of our own ----
@@ -112,7 +118,7 @@ def test_a_damaged_standin_is_drawn_anew(data_folder, digits, tmp_path):
 
 @pytest.fixture
 def tiny_mnist(tmp_path, monkeypatch, small):
-    """A folder with four good files, whose digests `utils` takes for MNIST's; no mirror answers."""
+    """The data folder, with four good files whose digests `utils` takes for MNIST's; no mirror answers."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     contents = {}
@@ -167,7 +173,7 @@ def mirror(tiny_mnist, monkeypatch):
 
 FAULTS = {
     "missing": (lambda content: None, "is missing"),
-    "empty": (lambda content: b"", "is empty"),
+    "empty": (lambda content: b"", "is damaged"),
     "truncated": (lambda content: content[: len(content) // 2], "is damaged"),
     "one byte changed": (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "is damaged"),
     "an HTML page": (lambda content: HTML, "is damaged"),
@@ -188,7 +194,7 @@ def test_a_bad_file_is_named_in_one_line(tiny_mnist, name, fault):
     folder, contents, _ = tiny_mnist
     path = damage(folder, name, contents, fault)
     with pytest.raises(RuntimeError) as error:
-        utils.load_data(folder, standin=False)
+        utils.load_data(standin=False)
     message = str(error.value)
     assert message.startswith(f"{path} {FAULTS[fault][1]}") and "\n" not in message
     assert "connect to the network" in message and "MNIST_ROOT" in message
@@ -199,10 +205,9 @@ def test_a_bad_file_is_fetched_anew(tiny_mnist, mirror, fault):
     folder, contents, _ = tiny_mnist
     path = damage(folder, NAMES[0], contents, fault)
     mirror()
-    train_set, test_set = utils.load_data(folder, standin=False)
+    train_set, test_set = utils.load_data(standin=False)
     assert path.read_bytes() == contents[NAMES[0]]
     assert (len(train_set), len(test_set)) == (50, 20)
-    assert sorted(p.name for p in path.parent.iterdir()) == sorted(NAMES)  # nothing left over
 
 
 def test_a_download_cut_off_half_way_is_reported(tiny_mnist, mirror):
@@ -210,21 +215,23 @@ def test_a_download_cut_off_half_way_is_reported(tiny_mnist, mirror):
     path = damage(folder, NAMES[2], contents, "missing")
     mirror(cut=0.5)
     with pytest.raises(RuntimeError, match="is missing and could not be downloaded"):
-        utils.load_data(folder, standin=False)
-    assert not path.exists() and len(list(path.parent.iterdir())) == 3
+        utils.load_data(standin=False)
+    assert not path.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, mirror, monkeypatch):
+    mirror()
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(RuntimeError, match="file/MNIST/raw cannot be written .*MNIST_ROOT") as error:
-        utils.load_data(tmp_path / "file", standin=False)
+    monkeypatch.setenv("MNIST_ROOT", str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match="file/MNIST/raw.*Not a directory.*set MNIST_ROOT") as error:
+        utils.load_data(standin=False)
     assert "\n" not in str(error.value)
 
 
 def test_good_files_need_no_network_and_are_left_alone(tiny_mnist):
     folder, contents, _ = tiny_mnist
     before = {p: p.stat().st_mtime_ns for p in (folder / "MNIST" / "raw").iterdir()}
-    train_set, _ = utils.load_data(folder)
+    train_set, _ = utils.load_data()
     assert train_set.title == "MNIST" and len(train_set) == 50
     assert before == {p: p.stat().st_mtime_ns for p in (folder / "MNIST" / "raw").iterdir()}
 
@@ -234,38 +241,37 @@ def test_unchecked_files_of_old_versions_are_not_read(tiny_mnist):
     (folder / "MNIST" / "processed").mkdir()
     for name in ("training.pt", "test.pt"):
         torch.save((torch.zeros(3, 28, 28), torch.zeros(3)), folder / "MNIST" / "processed" / name)
-    assert len(utils.load_data(folder)[0]) == 50
+    assert len(utils.load_data()[0]) == 50
 
 
-def test_the_standin_is_loud(data_folder, monkeypatch, capsys):
+def test_the_standin_is_loud(monkeypatch, capsys):
     monkeypatch.setattr(utils.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    train_set, _ = utils.load_data(data_folder)
+    train_set, _ = utils.load_data()
     text = capsys.readouterr().out
     assert "THIS IS NOT MNIST" in text and "refused" in text and "MNIST_ROOT" in text
     assert "not MNIST" in train_set.title
 
 
 @pytest.mark.parametrize("way", ["argument", "environment"])
-def test_the_standin_can_be_forbidden(tmp_path, monkeypatch, way):
+def test_the_standin_can_be_forbidden(monkeypatch, way):
     monkeypatch.setattr(utils.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     if way == "environment":
         monkeypatch.setenv("S7_STANDIN", "0")
     with pytest.raises(RuntimeError, match="train-images-idx3-ubyte is missing"):
-        utils.load_data(tmp_path, standin=way == "environment")
-    assert not (tmp_path / "StandIn").exists()
+        utils.load_data(standin=way == "environment")
 
 
 def test_a_silent_server_is_given_up_within_15_seconds(tiny_mnist, mirror, monkeypatch):
     patience = []
-    fetch = utils.download_and_extract_archive
+    real = datasets.MNIST.download
 
-    def watched(*args, **kwargs):
+    def watched(self):
         patience.append(utils.socket.getdefaulttimeout())
-        return fetch(*args, **kwargs)
+        real(self)
 
-    monkeypatch.setattr(utils, "download_and_extract_archive", watched)
+    monkeypatch.setattr(datasets.MNIST, "download", watched)
     folder, contents, _ = tiny_mnist
     damage(folder, NAMES[0], contents, "missing")
     mirror()
-    utils.load_data(folder)
-    assert patience == [15] and utils.socket.getdefaulttimeout() is None
+    utils.load_data()
+    assert patience[0] == 15 and utils.socket.getdefaulttimeout() is None

@@ -121,13 +121,15 @@ def test_an_unknown_name_lists_the_right_ones():
         ("Model4", [3, 5, 5, 7, 7, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28], 789_712),
     ],
 )
-def test_layer_table(name, fields, mult_adds):
-    rows = utils.layer_table(models.create_model(name))
-    spatial = [row for row in rows if "Conv" in row["layer"] or "Pool" in row["layer"]]
-    assert [row["receptive_field"] for row in spatial] == fields
-    assert sum(row["mult_adds"] for row in rows) == mult_adds
-    text = utils.summarise(models.create_model(name))
-    assert "Units" not in text and f"{mult_adds:,}" in text
+def test_the_summary(name, fields, mult_adds):
+    model = models.create_model(name)
+    *lines, total = [line.split() for line in utils.summarise(model).splitlines()[1:]]
+    spatial = [line for line in lines if "Conv" in line[1] or "Pool" in line[1]]
+    assert [int(line[-1]) for line in spatial] == fields
+    count = sum(p.numel() for p in model.parameters())
+    assert total == ["total", f"{count:,}", f"{mult_adds:,}", str(fields[-1])]
+    assert sum(int(line[-3].replace(",", "")) for line in lines) == count
+    assert "Units" not in utils.summarise(model)
 
 
 def test_receptive_field_by_gradient():
@@ -142,6 +144,11 @@ def test_receptive_field_by_gradient():
     x[0, :, 4, 4].sum().backward()
     seen = image.grad[0, 0].nonzero()
     side = (seen.max(0).values - seen.min(0).values + 1).max().item()
-    row = next(r for r in utils.layer_table(network) if r["layer"].startswith("convblock5.0"))
-    assert side <= row["receptive_field"] == 14
-    assert side > 12  # ReLU and the pool may hide the rim
+    row = next(r for r in utils.summarise(network).splitlines() if r.startswith("convblock5.0"))
+    assert 12 < side <= int(row.split()[-1]) == 14  # ReLU and the pool may hide the rim
+
+
+def test_memory_order_is_the_one_its_class_names():
+    assert models.create_model("Model3").convblock5[0].weight.is_contiguous()
+    mix = models.create_model("Model4").after[0][0].weight
+    assert mix.is_contiguous(memory_format=torch.channels_last)

@@ -1,26 +1,23 @@
-"""Runs that are killed, resumed, refused: a run's file must always hold its last whole epoch."""
+"""Runs that are killed, resumed, refused: a run's file must always hold the end of a whole epoch."""
 
 import multiprocessing
 import os
 from pathlib import Path
 import random
+import signal
 import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import accuracy
+from conftest import RECIPE, make_parts
 from model import create_model
 import utils
 
-EPOCHS = 6
-RECIPE = dict(
-    optimizer=dict(lr=0.05, momentum=0.9, nesterov=True),
-    scheduler=("OneCycleLR", dict(pct_start=0.25)),
-    augment=dict(degrees=10, shift=0.05, scale=0.05),
-    average=0.9,
-    plain=2,
-)
-PLATEAU = {**RECIPE, "scheduler": ("ReduceLROnPlateau", dict(patience=0)), "average": None}
+SETTINGS = dict(model="Model3", data="digits", epochs=6, batch_size=50, seed=1)
+PLATEAU = {k: v for k, v in RECIPE.items() if k != "StepLR"} | dict(ReduceLROnPlateau=dict(patience=0))
 
 # a server that has imported torch already forks a process in milliseconds, so that a kill falls
 # into training and not into importing
@@ -28,27 +25,14 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["utils", "model"])
 
 
-def run(path, dataset, recipe=RECIPE, epochs=EPOCHS, resume=False, seed=1, name="Model3"):
-    """A short run of the network with a checkpoint at `path`; returns the model and the history."""
+def train(path, dataset, recipe=RECIPE, **changes):
+    """A short run with a checkpoint at `path`, gone on from if it is there; returns the model and
+    the history. The loop is the benchmarks', which is the notebook's."""
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    model = create_model(name)
-    loaders = utils.make_loaders(dataset, dataset, recipe, "cpu", 50)
-    optimizer, scheduler = utils.make_optimizer(model, recipe, epochs, len(loaders[0]))
-    history = utils.fit(
-        model,
-        "cpu",
-        *loaders,
-        optimizer,
-        scheduler,
-        epochs,
-        seed,
-        average=recipe["average"],
-        plain=recipe["plain"],
-        checkpoint=path,
-        resume=resume,
-    )
-    return model, history
+    settings = SETTINGS | changes
+    torch.manual_seed(settings["seed"])
+    model = create_model(settings["model"])
+    return model, accuracy.train_model(model, recipe, dataset, dataset, settings, path)
 
 
 def slowly(real, announced):
@@ -83,7 +67,7 @@ def child(path, images, targets, recipe, slow=None):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     dataset = utils.StandIn.__new__(utils.StandIn)
     dataset.data, dataset.targets = images, targets
-    run(path, dataset, recipe, resume=True)
+    train(path, dataset, recipe)
 
 
 def start(path, dataset, recipe, slow=None):
@@ -119,6 +103,7 @@ def whole_runs(tmp_path_factory, digits):
         process = start(path, dataset, recipe)
         process.join()
         states.append(utils.read_checkpoint(path))
+        assert len(states[-1]["history"]["test_acc"]) == 6
     return dataset, states, time.perf_counter() - began
 
 
@@ -160,29 +145,122 @@ def test_killed_while_saving(whole_runs, tmp_path, slow):
     assert_same(utils.read_checkpoint(path), states[0])
 
 
-def test_a_fresh_process_gives_the_same_bits_as_this_one(whole_runs, tmp_path):
-    dataset, states, _ = whole_runs
+@pytest.fixture
+def one_thread():
     threads = torch.get_num_threads()
-    try:
-        run(tmp_path / "run.pt", dataset)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_fresh_process_gives_the_same_bits_as_this_one(whole_runs, tmp_path, one_thread):
+    dataset, states, _ = whole_runs
+    train(tmp_path / "run.pt", dataset)
+    assert_same(utils.read_checkpoint(tmp_path / "run.pt"), states[0])
+    _, other = train(tmp_path / "other.pt", dataset, seed=2)
+    assert other.test_losses != states[0]["history"]["test_losses"]
+
+
+@pytest.mark.parametrize("epoch, batch", [(1, 0), (1, 1), (3, 2)])
+def test_stopped_by_hand_in_the_same_kernel_it_goes_on_bit_for_bit(
+    whole_runs, tmp_path, one_thread, monkeypatch, epoch, batch
+):
+    """Ctrl-C in a batch; the cell is run again with the same model, optimizer and scheduler."""
+    dataset, states, _ = whole_runs
+    settings, calls, count = SETTINGS | RECIPE, [], utils.GetCorrectPredCount
+    model, optimizer, scheduler = make_parts(settings)
+    loader, test_loader = (utils.BatchLoader(dataset, 50, "cpu", shuffle=s) for s in (True, False))
+
+    def interrupt(*args):
+        calls.append(model.training)
+        if sum(calls) == (epoch - 1) * 10 + batch + 1:
+            calls.append(True)  # once only
+            signal.raise_signal(signal.SIGINT)
+        return count(*args)
+
+    def cell(resume):
+        run = utils.Run(tmp_path / "run.pt", settings, model, optimizer, scheduler, resume)
+        try:
+            for number in run.epochs():
+                loader.augment = RECIPE["augment"] if number <= 4 else None
+                trained = utils.train(model, "cpu", loader, optimizer, F.nll_loss)
+                tested = utils.test(model, "cpu", test_loader, F.nll_loss)
+                scheduler.step()
+                run.record(trained, tested)
+        except KeyboardInterrupt:
+            pass
+        return run.history
+
+    monkeypatch.setattr(utils, "GetCorrectPredCount", interrupt)
+    history = cell(resume=False)
+    assert {len(values) for values in vars(history).values()} == {epoch - 1}
+    utils.plot_history(history, "stopped")  # and every later cell works
+    assert ("no whole epoch" in utils.result(history, "stopped")) == (epoch == 1)
+    cell(resume=True)
     assert_same(utils.read_checkpoint(tmp_path / "run.pt"), states[0])
 
 
+@pytest.mark.parametrize("where", ["train", "test"])
+def test_a_loss_that_is_not_finite_leaves_the_last_whole_epoch(small, tmp_path, monkeypatch, capsys, where):
+    """In the third epoch's first batch, or when it is tested; the lines before it name the epoch."""
+    calls, real = [], getattr(utils, where)
+
+    def poisoned(model, *args):
+        calls.append(utils.read_checkpoint(tmp_path / "run.pt"))
+        if len(calls) == 3:
+            next(model.parameters()).data.fill_(float("nan"))
+        return real(model, *args)
+
+    monkeypatch.setattr(utils, where, poisoned)
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        train(tmp_path / "run.pt", small(200))
+    assert "EPOCH: 3" in capsys.readouterr().out.split("EPOCH: 2")[1]
+    state = utils.read_checkpoint(tmp_path / "run.pt")
+    assert len(state["history"]["test_acc"]) == 2
+    assert_same(state, calls[2])
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_the_scheduler_is_stepped_and_the_rate_recorded(small, tmp_path):
+    _, history = train(tmp_path / "step.pt", small(100))
+    assert history.learning_rates == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
+
+
+def test_plateau_is_stepped_with_the_test_loss(small, tmp_path, monkeypatch):
+    """Losses 3, 2, 2, 2 with a patience of 1: by PyTorch's rule the rate falls after epoch 4."""
+    losses = iter([3.0, 2.0, 2.0, 2.0, 1.0])
+    monkeypatch.setattr(utils, "test", lambda *_: (next(losses), 50.0))
+    recipe = {**PLATEAU, "ReduceLROnPlateau": dict(patience=1, factor=0.1)}
+    _, history = train(tmp_path / "run.pt", small(100), recipe, epochs=5)
+    assert history.learning_rates == pytest.approx([0.05, 0.05, 0.05, 0.05, 0.005])
+
+
+def test_the_last_epochs_are_not_augmented(small, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(utils, "random_affine", lambda data, **amounts: calls.append(amounts) or data)
+    train(tmp_path / "run.pt", small(100), epochs=5)  # two batches an epoch, the last two plain
+    assert calls == [RECIPE["augment"]] * 6
+
+
+def test_a_second_run_starts_a_clean_record(small, tmp_path):
+    first, second = (train(tmp_path / f"{n}.pt", small(100), epochs=2)[1] for n in (1, 2))
+    assert first == second and len(second.test_acc) == 2
+    assert first.test_acc is not second.test_acc
+
+
 def test_resuming_a_finished_run_trains_nothing(small, tmp_path, monkeypatch):
-    model, history = run(tmp_path / "run.pt", small(200), epochs=2)
+    model, history = train(tmp_path / "run.pt", small(200), epochs=2)
     monkeypatch.setattr(utils, "train", lambda *_: pytest.fail("training began"))
-    again, same = run(tmp_path / "run.pt", small(200), epochs=2, resume=True)
+    again, same = train(tmp_path / "run.pt", small(200), epochs=2)
     assert history == same and history.seconds == same.seconds
     assert_same(dict(model.state_dict()), dict(again.state_dict()))
 
 
 def test_without_resume_a_run_starts_afresh_and_the_old_file_is_kept(small, tmp_path):
-    run(tmp_path / "run.pt", small(200), epochs=2, seed=1)
+    train(tmp_path / "run.pt", small(200), epochs=2)
     old = utils.read_checkpoint(tmp_path / "run.pt")
-    _, history = run(tmp_path / "run.pt", small(200), epochs=2, seed=2)
-    assert len(history.test_acc) == 2 and history != utils.History(**old["history"])
+    run = utils.Run(tmp_path / "run.pt", SETTINGS, *make_parts(SETTINGS))
+    assert run.history == utils.History() and next(run.epochs()) == 1
     assert_same(utils.read_checkpoint(tmp_path / "run.previous"), old)
 
 
@@ -191,59 +269,47 @@ def test_without_resume_a_run_starts_afresh_and_the_old_file_is_kept(small, tmp_
     [
         (dict(epochs=4), "epochs was 2, is 4"),
         (dict(seed=2), "seed was 1, is 2"),
-        (dict(name="Model1"), "model was Model3, is Model1"),
-        (dict(recipe=PLATEAU), "scheduler was OneCycleLR, is ReduceLROnPlateau"),
-        (
-            dict(recipe={**RECIPE, "optimizer": dict(lr=0.05, momentum=0.8)}),
-            "optimizer nesterov was True, is False",
-        ),
+        (dict(batch_size=100), "batch_size was 50, is 100"),
+        (dict(data="MNIST"), "data was digits, is MNIST"),
+        (dict(model="Model1"), "model was Model3, is Model1"),
+        (dict(recipe=PLATEAU), r"ReduceLROnPlateau was None, is \{.patience.: 0\}; StepLR was .*, is None"),
+        (dict(recipe={**RECIPE, "optimizer": dict(lr=0.05)}), r"optimizer was \{'lr': 0.05, .*is \{'lr': 0.05\}"),
         (dict(recipe={**RECIPE, "augment": None}), "augment was {'degrees': 10.*is None"),
-        (dict(recipe={**RECIPE, "average": 0.8}), "average was 0.9, is 0.8"),
         (dict(recipe={**RECIPE, "plain": 1}), "plain was 2, is 1"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(small, tmp_path, change, message):
-    run(tmp_path / "run.pt", small(200), epochs=2)
+    train(tmp_path / "run.pt", small(200), epochs=2)
     before = (tmp_path / "run.pt").read_bytes()
     with pytest.raises(ValueError, match=message) as error:
-        run(tmp_path / "run.pt", small(200), **{"epochs": 2, **change}, resume=True)
+        train(tmp_path / "run.pt", small(200), **{"epochs": 2, **change})
     assert "\n" not in str(error.value) and (tmp_path / "run.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", b"half"])
-def test_a_damaged_checkpoint_gives_one_line(small, tmp_path, content):
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("content", ["empty", "html", "half", "foreign", "list", "code"])
+def test_a_damaged_or_foreign_checkpoint_gives_one_line(small, tmp_path, content):
     path = tmp_path / "run.pt"
-    run(path, small(200), epochs=2)
-    path.write_bytes(path.read_bytes()[:2000] if content == b"half" else content)
-    with pytest.raises(ValueError, match="run.pt is not a readable checkpoint") as error:
-        run(path, small(200), epochs=2, resume=True)
-    assert "\n" not in str(error.value)
-
-
-def test_no_code_is_run_by_loading(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "made"),)
-
-    torch.save({"best": Evil()}, tmp_path / "run.pt")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        utils.load_best(create_model("Model3"), tmp_path / "run.pt")
+    train(path, small(200), epochs=2)
+    if content in ("foreign", "list", "code"):
+        state = {"foreign": {"model": {}}, "list": [1, 2], "code": {"model": Evil(tmp_path / "made")}}
+        torch.save(state[content], path)
+    else:
+        path.write_bytes({"empty": b"", "html": b"<html>", "half": path.read_bytes()[:2000]}[content])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="run.pt is no checkpoint of a run .*delete it") as error:
+        train(path, small(200), epochs=2)
+    assert "\n" not in str(error.value) and path.read_bytes() == before
     assert not (tmp_path / "made").exists()
 
 
-def test_the_best_weights_have_the_recorded_accuracy(small, tmp_path):
-    dataset = small(300)
-    _, history = run(tmp_path / "run.pt", dataset, epochs=4)
-    model = create_model("Model3")
-    epoch, accuracy = utils.load_best(model, tmp_path / "run.pt")
-    assert accuracy == max(history.test_acc) == history.test_acc[epoch - 1]
-    loader = utils.BatchLoader(dataset, 100, "cpu")
-    assert utils.test(model, "cpu", loader, torch.nn.functional.nll_loss)[1] == accuracy
-
-
-def test_best_weights_that_do_not_fit_are_refused(small, tmp_path):
-    run(tmp_path / "run.pt", small(200), epochs=2)
-    with pytest.raises(ValueError, match="do not fit Model1"):
-        utils.load_best(create_model("Model1"), tmp_path / "run.pt")
-    with pytest.raises(ValueError, match="none.pt does not exist"):
-        utils.load_best(create_model("Model1"), tmp_path / "none.pt")
+def test_a_missing_checkpoint_gives_one_line(tmp_path):
+    with pytest.raises(ValueError, match="none.pt is no checkpoint of a run .FileNotFoundError"):
+        utils.read_checkpoint(tmp_path / "none.pt")
