@@ -30,16 +30,15 @@ import utils
 
 CSV = ROOT / "benchmarks" / "accuracy.csv"
 NUMBERS = "learning_rate train_loss train_acc test_loss test_acc seconds".split()  # as in `History`
-SEEDS = (1, 2, 3, 4, 5)
+EPOCHS, SEEDS = 15, (1, 2, 3, 4, 5)
 PUBLISHED = {"Model1": (88.88, 98.53), "Model2": (99.50, 99.11), "Model3": (99.50, 99.28)}
 
-_TWO, _FOUR = utils.RECIPES["Model2"], utils.RECIPES["Model4"]
+_FOUR = utils.RECIPES["Model4"]
 _CONSTANT = dict(StepLR=dict(step_size=1, gamma=1.0))  # what the published runs really did
-_RATE = {**_FOUR, "augment": None}
 RECIPES = {
     **{(name, "described"): recipe for name, recipe in utils.RECIPES.items()},
     ("Model1", "constant"): {**utils.RECIPES["Model1"], **_CONSTANT},
-    ("Model2", "rate"): _RATE,
+    ("Model2", "rate"): {**_FOUR, "augment": None},
     ("Model2", "augment"): {**_FOUR, "plain": 0},
     ("Model2", "plain"): _FOUR,
 }
@@ -54,11 +53,8 @@ STEPS = {  # from Model1 to Model4, one change at a time
 
 
 def train_model(model, recipe, train_set, test_set, settings, path, device="cpu"):
-    """Train as the notebook does; returns the `History`. A run cut off goes on from `path`.
-
-    `settings` has `epochs`, `batch_size` and `seed`; with the recipe they are what the checkpoint
-    is compared by.
-    """
+    """Train as the notebook does; returns the `History`. A run cut off goes on from `path`, where its
+    settings, `epochs`, `batch_size` and `seed` among them, and its recipe are the same."""
     utils.keep_freed_memory()
     train_loader = utils.BatchLoader(train_set, settings["batch_size"], device, shuffle=True)
     test_loader = utils.BatchLoader(test_set, settings["batch_size"], device)
@@ -80,22 +76,29 @@ def train_model(model, recipe, train_set, test_set, settings, path, device="cpu"
     return run.history
 
 
-def run(name, schedule, seed, epochs, data, device, path):
+def where(device):
+    """What a row says of the machine."""
+    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return dict(device=hardware, threads=torch.get_num_threads(), torch=torch.__version__)
+
+
+def run(name, schedule, seed, data, device):
     """Train one model with one seed; returns its rows."""
     torch.manual_seed(seed)
     model = create_model(name).to(device)
-    settings = dict(model=name, data=data[0].title, epochs=epochs, batch_size=128, seed=seed)
+    settings = dict(model=name, data=data[0].title, epochs=EPOCHS, batch_size=128, seed=seed)
+    path = checkpoint(f"accuracy-{name}-{schedule}-{seed}")
     history = train_model(model, RECIPES[name, schedule], *data, settings, path, device)
     numbers = (history.learning_rates, history.train_losses, history.train_acc, history.test_losses)
-    numbers = zip(*numbers, history.test_acc, history.seconds)
-    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    where = dict(device=hardware, threads=torch.get_num_threads(), torch=torch.__version__)
-    return [
-        dict(model=name, schedule=schedule, seed=seed, epoch=epoch)
-        | {column: round(number, 6) for column, number in zip(NUMBERS, row)}
-        | where
-        for epoch, row in enumerate(numbers, 1)
-    ]
+    rows = []
+    for epoch, numbers in enumerate(zip(*numbers, history.test_acc, history.seconds), 1):
+        row = dict(model=name, schedule=schedule, seed=seed, epoch=epoch)
+        rows.append(row | dict(zip(NUMBERS, (round(number, 6) for number in numbers))) | where(device))
+    return rows
+
+
+def checkpoint(name):
+    return Path(os.environ.get("S7_CHECKPOINTS", "checkpoints")) / f"{name}.pt"
 
 
 def read_rows(path):
@@ -106,25 +109,25 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def append_rows(rows, path):
-    """Append a run's rows with one write, so that a process killed here leaves all or none."""
+def append_rows(rows, path, anew=False):
+    """Append rows with one write, so that a process killed here leaves all or none; or write `anew`."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    if not Path(path).exists():
+    if anew or not Path(path).exists():
         writer.writeheader()
     writer.writerows(rows)
-    with open(path, "a") as file:
+    with open(path, "w" if anew else "a") as file:
         file.write(text.getvalue())
 
 
-def recorded_runs(path=CSV):
+def recorded_runs():
     """`{(model, schedule): [run, …]}`, a run being its rows' numbers by column, epoch after epoch.
 
     Models 2 and 3 are one network: as long as Model3's rate has not fallen, its runs are those of
     both at a constant rate, bit for bit, and stand there too.
     """
     runs = {}
-    for row in read_rows(path):
+    for row in read_rows(CSV):
         run = runs.setdefault((row["model"], row["schedule"]), {}).setdefault(row["seed"], {})
         for column in NUMBERS:
             run.setdefault(column, []).append(float(row[column]))
@@ -150,17 +153,16 @@ def last_five(run):
 
 
 def overview(runs):
-    """All models side by side, under the schedule of their recipe; of the epoch from which 99.4 %
-    is held, the latest of the seeds."""
+    """All models side by side, as described; 99.4 % is held from the latest of the seeds' epochs."""
     rows = []
     for name in (name for name in utils.RECIPES if (name, "described") in runs):
         seeds = runs[name, "described"]
-        _, parameters, mult_adds, field = utils.summarise(create_model(name)).splitlines()[-1].split()
         tests = [run["test_acc"] for run in seeds]
         held = [utils.held_from(test) for test in tests]
-        row = [name, parameters, mult_adds, field, spread([run["train_acc"][-1] for run in seeds])]
-        row += [spread([max(test) for test in tests]), spread([last_five(run) for run in seeds])]
-        rows.append([*row, f"{min(min(test[-5:]) for test in tests):.2f}", max(held) if all(held) else "not held"])
+        row = [name, *utils.summarise(create_model(name)).splitlines()[-1].split()[1:]]
+        row += [spread([run["train_acc"][-1] for run in seeds]), spread([max(test) for test in tests])]
+        row += [spread([last_five(run) for run in seeds]), f"{min(min(test[-5:]) for test in tests):.2f}"]
+        rows.append([*row, max(held) if all(held) else "not held"])
     header = "model,parameters,mult-adds,receptive field,train last epoch,test best epoch,mean of last five"
     return markdown([*header.split(","), "worst of last five", "99.4 held from epoch"], rows)
 
@@ -183,35 +185,33 @@ def model_table(name, runs):
 
 
 def layers(name):
-    """The blocks of a network: output, parameters and receptive field of each."""
+    """The blocks of a network, a column each: output, parameters and receptive field."""
     blocks = {}
     for line in utils.summarise(create_model(name)).splitlines()[1:]:
         path, *_, parameters, _, field = line.split()
         block = ".".join(path.split(".")[: 2 if path.startswith(("before", "after")) else 1])
-        shape = line.split()[2] if block != "total" else ""
-        total = blocks[block][2] if block in blocks else 0
-        blocks[block] = [block, shape, total + int(parameters.replace(",", "")), field]
-    rows = [[block, shape, f"{count:,}", field] for block, shape, count, field in blocks.values()]
-    return markdown(["block", "output", "parameters", "receptive field"], rows)
+        shape, count = line.split()[2] if block != "total" else "", int(parameters.replace(",", ""))
+        blocks[block] = (shape, f"{count + int(blocks.get(block, ' 0')[1].replace(',', '')):,}", field)
+    rows = zip(("output", "parameters", "receptive field"), *zip(*blocks.values()))
+    return markdown(["", *blocks], ([row[0], *row[1:]] for row in rows))
 
 
 def steps_table(runs):
     """What each step from Model1 to Model4 is worth, over the first three seeds."""
     rows, before = [], None
     for key, text in STEPS.items():
-        seeds = runs.get(key, [])[:3]
-        if len(seeds) == 3:
-            means = [last_five(run) for run in seeds]
+        if key in runs:
+            means = [last_five(run) for run in runs[key][:3]]
             change = "" if before is None else f"{statistics.mean(means) - before:+.2f}"
-            worst = min(min(run["test_acc"][-5:]) for run in seeds)
+            worst = min(min(run["test_acc"][-5:]) for run in runs[key][:3])
             rows.append([text, spread(means), f"{worst:.2f}", change])
             before = statistics.mean(means)
     return markdown(["step", "mean of last five", "worst of last five", "change"], rows)
 
 
-def tables(path=CSV):
+def tables():
     """Every table that the README takes from the recorded runs, by title."""
-    runs = recorded_runs(path)
+    runs = recorded_runs()
     found = {"All models": overview(runs), "Steps": steps_table(runs)}
     return found | {name: model_table(name, runs) for name in utils.RECIPES}
 
@@ -219,18 +219,16 @@ def tables(path=CSV):
 def plot(name, runs):
     """Train and test accuracy of every seed, thin, and their mean, strong, for each schedule."""
     schedules = [schedule for schedule in ("constant", "described") if (name, schedule) in runs]
-    size = dict(figsize=(5.2 * len(schedules), 3.6), sharey=True, squeeze=False, layout="constrained")
-    figure, axes = plt.subplots(1, len(schedules), **size)
-    for axis, schedule in zip(axes[0], schedules):
-        seeds = runs[name, schedule]
+    figure, axes = plt.subplots(1, len(schedules), figsize=(5.2 * len(schedules), 3.6), layout="constrained")
+    for axis, schedule in zip(figure.axes, schedules):
         for column, colour in (("train_acc", utils.TRAIN_COLOUR), ("test_acc", utils.TEST_COLOUR)):
-            lines = torch.tensor([run[column] for run in seeds])
+            lines = torch.tensor([run[column] for run in runs[name, schedule]])
             epochs = range(1, lines.shape[1] + 1)
             axis.plot(epochs, lines.T, color=colour, linewidth=0.7, alpha=0.6)
-            label = f"{column[:-4]}, mean of {len(seeds)} seeds"
+            label = f"{column[:-4]}, mean of {len(lines)} seeds"
             axis.plot(epochs, lines.mean(0), color=colour, linewidth=2.4, label=label)
         axis.set(title=f"{name}, learning rate {schedule}", xlabel="epoch", ylabel="accuracy (%)")
-        axis.set_ylim(min(min(run[c][1] for c in ("train_acc", "test_acc")) for run in seeds) - 0.3, 100)
+        axis.set_ylim(86 if name == "Model1" else 98, 100)  # the first epochs may lie outside
         axis.grid(alpha=0.3)
         axis.legend()
     utils.finish(figure, name, f"Accuracy of {name} by epoch")
@@ -240,29 +238,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(utils.RECIPES), default=list(utils.RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--csv", type=Path, default=CSV, help="where the rows go")
     parser.add_argument("--summary", action="store_true", help="print the README's tables")
     parser.add_argument("--plot", action="store_true", help="draw the curves into the folder S7_FIGURES")
     args = parser.parse_args()
     if args.summary:
-        print("\n\n".join(f"{title}\n\n{table}" for title, table in tables(args.csv).items()))
+        return print("\n\n".join(f"{title}\n\n{table}" for title, table in tables().items()))
     if args.plot:
-        for name in utils.RECIPES:
-            plot(name, recorded_runs(args.csv))
-    if args.summary or args.plot:
-        return
-    keys = [key for key in RECIPES if key[0] in args.models]
-    wanted = [(*key, seed) for seed in args.seeds for key in keys]
+        return [plot(name, recorded_runs()) for name in utils.RECIPES]
+    wanted = [(*key, seed) for seed in args.seeds for key in RECIPES if key[0] in args.models]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = utils.load_data(standin=False)
-    folder = Path(os.environ.get("S7_CHECKPOINTS", "checkpoints"))
     for name, schedule, seed in tqdm(wanted, desc="runs"):
-        done = {(row["model"], row["schedule"], row["seed"]) for row in read_rows(args.csv)}
+        done = {(row["model"], row["schedule"], row["seed"]) for row in read_rows(CSV)}
         if (name, schedule, str(seed)) not in done:
             print(f"\n{name}, {schedule}, seed {seed}")
-            path = folder / f"accuracy-{name}-{schedule}-{seed}.pt"
-            append_rows(run(name, schedule, seed, args.epochs, data, device, path), args.csv)
+            append_rows(run(name, schedule, seed, data, device), CSV)
 
 
 if __name__ == "__main__":

@@ -3,28 +3,24 @@
     python benchmarks/epoch_time.py --model Model3          the table, kept in epoch_time.csv
     python benchmarks/epoch_time.py --model Model3 --quick  on a tenth of the data, not kept
 
-In one process, in turn, in another order each round, so that neither a change in the machine's
-speed nor what ran before falls on one of them alone:
+In turn, in another order each round:
 A. torchvision's MNIST with per-image transforms in a DataLoader (RandomAffine, too, where the
    model's recipe augments), read by `utils.train`;
-B. this repository's loader, read by `utils.train`;
+B. this repository's loader, read by `utils.train`; also on a tenth of the data, in PyTorch's usual
+   memory order where the model has another, and, in a process of its own, without
+   `keep_freed_memory`;
 C. the floor: forward, loss, backward and optimizer step over batches cut beforehand.
 The same for a pass over the test set. Needs real MNIST; run nothing beside it.
 """
 
 import argparse
 import contextlib
-import csv
+import functools
 import io
-from pathlib import Path
+import multiprocessing
 import random
-import resource
 import statistics
-import sys
 import time
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
@@ -32,24 +28,22 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
+from accuracy import append_rows, read_rows, ROOT, where
 from model import MODELS, create_model
 import utils
 
 CSV = ROOT / "benchmarks" / "epoch_time.csv"
-COLUMNS = (
-    "model augment pass variant images batch seconds fastest slowest to_usual to_floor peak_mb device"
-    " threads torch"
-).split()
+USUAL, FLOOR, BATCH = "A usual, 0 workers", "C floor", 128
 
 
-def usual_loader(dataset, augment, batch_size, workers, device, shuffle):
+def usual_loader(dataset, augment, workers, device, shuffle):
     """The DataLoader that most MNIST code has."""
     steps = [transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,))]
     if augment:
         shift, scale = augment["shift"], augment["scale"]
         steps.insert(0, transforms.RandomAffine(augment["degrees"], (shift, shift), (1 - scale, 1 + scale)))
     dataset.transform = transforms.Compose(steps)
-    return DataLoader(dataset, batch_size, shuffle=shuffle, num_workers=workers, pin_memory=device == "cuda")
+    return DataLoader(dataset, BATCH, shuffle=shuffle, num_workers=workers, pin_memory=device == "cuda")
 
 
 def tenth(dataset):
@@ -77,33 +71,15 @@ def test_floor(model, device, batches, optimizer, criterion):
         criterion(model(data), target, reduction="sum")
 
 
-def our_test(model, device, loader, optimizer, criterion):
+def our_test(model, device, loader, _, criterion):
     return utils.test(model, device, loader, criterion)
 
 
-def variants(args, device, train_set, test_set, augment):
-    """`(pass, variant, function, loader)` of everything that is timed."""
-    workers = (0, 4) if device == "cuda" else (0, 2)
-    recipe = utils.RECIPES[args.model]
-    ours, our_test_loader = utils.make_loaders(train_set, test_set, recipe, device, args.batch)
-    part, _ = utils.make_loaders(tenth(train_set), tenth(test_set), recipe, device, args.batch)
-    for count in workers:
-        name = f"A usual, {count} workers"
-        yield "train", name, utils.train, usual_loader(train_set, augment, args.batch, count, device, True)
-        yield "test", name, our_test, usual_loader(test_set, None, args.batch, count, device, False)
-    yield "train", "B ours", utils.train, ours
-    yield "test", "B ours", our_test, our_test_loader
-    yield "train", "B ours, a tenth of the data", utils.train, part
-    for phase, function, loader in (("train", floor, ours), ("test", test_floor, our_test_loader)):
-        batches = zip(loader.data.split(loader.batch_size), loader.target.split(loader.batch_size))
-        yield phase, "C floor", function, list(batches)
-
-
-def measure(function, loader, name, device):
+def measure(function, loader, name, device, **order):
     """Seconds of one pass with a fresh network; the progress bar is on, its text thrown away."""
     torch.manual_seed(1)
-    model = create_model(name).to(device)
-    optimizer, _ = utils.make_optimizer(model, utils.RECIPES[name], 15, len(loader))
+    model = create_model(name).to(device, **order)
+    optimizer = torch.optim.SGD(model.parameters(), **utils.RECIPES[name]["optimizer"])
     with contextlib.redirect_stdout(io.StringIO()):
         began = time.perf_counter()
         function(model, device, loader, optimizer, F.nll_loss)
@@ -112,55 +88,71 @@ def measure(function, loader, name, device):
         return time.perf_counter() - began
 
 
+def measure_unkept(name, device, quick):
+    """Our training pass in a process that has not called `keep_freed_memory`."""
+    train_set = tenth(utils.load_data(standin=False)[0]) if quick else utils.load_data(standin=False)[0]
+    loader = utils.BatchLoader(train_set, BATCH, device, True, utils.RECIPES[name]["augment"])
+    return measure(utils.train, loader, name, device)
+
+
+def variants(name, device, train_set, test_set, quick):
+    """`(pass, variant)` → a function that returns the seconds of one pass."""
+    augment = utils.RECIPES[name]["augment"]
+    ours, part = (utils.BatchLoader(s, BATCH, device, True, augment) for s in (train_set, tenth(train_set)))
+    ours_test = utils.BatchLoader(test_set, BATCH, device)
+    cut, cut_test = (list(zip(x.data.split(BATCH), x.target.split(BATCH))) for x in (ours, ours_test))
+    passes = {
+        ("train", "B ours"): (utils.train, ours),
+        ("train", "B ours, a tenth of the data"): (utils.train, part),
+        ("train", FLOOR): (floor, cut),
+        ("test", "B ours"): (our_test, ours_test),
+        ("test", FLOOR): (test_floor, cut_test),
+    }
+    for count in (0, 4 if device == "cuda" else 2):
+        variant = f"A usual, {count} workers"
+        passes["train", variant] = utils.train, usual_loader(train_set, augment, count, device, True)
+        passes["test", variant] = our_test, usual_loader(test_set, None, count, device, False)
+    timed = {key: lambda pair=pair: measure(*pair, name, device) for key, pair in passes.items()}
+    usual = torch.contiguous_format
+    if MODELS[name].memory_format != usual:
+        in_order = functools.partial(measure, utils.train, ours, name, device, memory_format=usual)
+        timed["train", "B ours, usual memory order"] = in_order
+    if device == "cpu":
+        apart = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
+        unkept = functools.partial(apart.apply, measure_unkept, (name, device, quick))
+        timed["train", "B ours, freed memory not kept"] = unkept
+    return timed
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="Model3")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tenth of the data, nothing kept")
     args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     train_set, test_set = utils.load_data(standin=False)
     if args.quick:
         train_set, test_set = tenth(train_set), tenth(test_set)
-    augment = utils.RECIPES[args.model].get("augment")
-    timed = list(variants(args, args.device, train_set, test_set, augment))
-    seconds = {(phase, variant): [] for phase, variant, *_ in timed}
+    timed = variants(args.model, device, train_set, test_set, args.quick)
+    utils.keep_freed_memory()
+    seconds = {key: [] for key in timed}
     for round_ in tqdm(range(args.rounds), desc="rounds"):
-        for phase, variant, function, loader in random.Random(round_).sample(timed, len(timed)):
-            seconds[phase, variant].append(measure(function, loader, args.model, args.device))
+        for key in random.Random(round_).sample(list(timed), len(timed)):
+            seconds[key].append(timed[key]())
     median = {key: statistics.median(times) for key, times in seconds.items()}
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     rows = []
-    for (phase, variant), times in seconds.items():
-        value = median[phase, variant]
-        count = len(train_set if phase == "train" else test_set) // (10 if "tenth" in variant else 1)
-        ratios = value / median[phase, "A usual, 0 workers"], value / median[phase, "C floor"]
-        cells = (
-            args.model,
-            int(bool(augment)),
-            phase,
-            variant,
-            count,
-            args.batch,
-            *(f"{x:.3f}" for x in (value, min(times), max(times), *ratios)),
-        )
-        rows.append(
-            dict(zip(COLUMNS, map(str, (*cells, peak, hardware, torch.get_num_threads(), torch.__version__))))
-        )
-        print(f"{phase:<6}{variant:<30}{value:8.3f} s{ratios[0]:8.3f} of A{ratios[1]:8.3f} of C")
-    print(
-        f"peak memory of the process with all of them: {peak} MB; {hardware}, {torch.get_num_threads()} threads"
-    )
+    for (phase, variant), times in sorted(seconds.items(), reverse=True):
+        numbers = dict(seconds=median[phase, variant], fastest=min(times), slowest=max(times))
+        numbers |= dict(to_usual=numbers["seconds"] / median[phase, USUAL])
+        numbers |= dict(to_floor=numbers["seconds"] / median[phase, FLOOR])
+        row = {"model": args.model, "pass": phase, "variant": variant, "batch": BATCH, "rounds": args.rounds}
+        rows.append(row | {column: f"{number:.3f}" for column, number in numbers.items()} | where(device))
+        print(" ".join(map(str, rows[-1].values())))
     if not args.quick:
-        key = "model device batch threads".split()
-        same = [rows[0][name] for name in key]
-        kept = list(csv.DictReader(open(CSV))) if CSV.exists() else []
-        with open(CSV, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows([row for row in kept if [row[name] for name in key] != same] + rows)
+        mine = [(row["model"], row["device"]) for row in rows]
+        kept = [row for row in read_rows(CSV) if (row["model"], row["device"]) not in mine]
+        append_rows(kept + rows, CSV, anew=True)
 
 
 if __name__ == "__main__":

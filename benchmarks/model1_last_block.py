@@ -7,18 +7,11 @@ Takes the checkpoints that accuracy.py leaves for Model1 (schedule as described)
 Writes model1_last_block.csv, a row a seed and setting.
 """
 
-import csv
-import os
-from pathlib import Path
-import sys
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
 from torch import nn
 import torch.nn.functional as F
 
+from accuracy import append_rows, checkpoint, ROOT, SEEDS, where
 from model import create_model
 import utils
 
@@ -31,40 +24,24 @@ SETTINGS = {
 }
 
 
-class WithDropout(nn.Module):
-    """A trained model whose dropout layers, chosen by name, stay on in `eval` mode."""
-
-    def __init__(self, model, chosen):
-        super().__init__()
-        self.model, self.chosen = model, chosen
-
-    def train(self, mode=True):
-        self.model.eval()
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, nn.Dropout):
-                layer.train(self.chosen(name))
-        return self
-
-    def forward(self, x):
-        return self.model(x)
-
-
 def main():
     train_set, _ = utils.load_data(standin=False)
     loader = utils.BatchLoader(train_set, 500, "cpu")
-    folder = Path(os.environ.get("S7_CHECKPOINTS", "checkpoints"))
     rows = []
-    for seed in range(1, 6):
+    for seed in SEEDS:
         model = create_model("Model1")
-        model.load_state_dict(utils.read_checkpoint(folder / f"accuracy-Model1-described-{seed}.pt")["model"])
+        model.load_state_dict(utils.read_checkpoint(checkpoint(f"accuracy-Model1-described-{seed}"))["model"])
+        dropouts = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Dropout)}
+        model.eval = lambda: None  # `test` would switch the dropout off again
         for setting, chosen in SETTINGS.items():
+            model.train(False)
+            for name, layer in dropouts.items():
+                layer.train(chosen(name))
             torch.manual_seed(seed)
             print(f"seed {seed}, {setting}: ", end="")
-            accuracy = utils.test(WithDropout(model, chosen), "cpu", loader, F.nll_loss)[1]
-            rows.append([setting, seed, f"{accuracy:.3f}", "CPU", torch.get_num_threads(), torch.__version__])
-    with open(CSV, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([["dropout", "seed", "train_acc", "device", "threads", "torch"], *rows])
+            accuracy = utils.test(model, "cpu", loader, F.nll_loss)[1]
+            rows.append(dict(dropout=setting, seed=seed, train_acc=f"{accuracy:.3f}", **where("cpu")))
+    append_rows(rows, CSV, anew=True)
 
 
 if __name__ == "__main__":

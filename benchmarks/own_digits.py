@@ -2,39 +2,27 @@
 
     python benchmarks/own_digits.py checkpoints/Model4-seed1.pt
 
-The argument is the checkpoint of a full run; its best weights are used. Writes own_digits.csv:
-the accuracy for each kind of picture beside that on the plain test images.
+The argument is the checkpoint of a full run. Writes own_digits.csv: the accuracy for each kind of
+picture beside that on the plain test images.
 """
 
-import argparse
-import csv
 import io
-from pathlib import Path
 import sys
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from PIL import Image, ImageOps
 import torch
 from tqdm import tqdm
 
+from accuracy import append_rows, ROOT, where
 from model import create_model
 import utils
 
+IMAGES = 1000
 CSV = ROOT / "benchmarks" / "own_digits.csv"
 
 
 def enlarged(image):
     return image.resize((280, 280), Image.LANCZOS)
-
-
-def inverted(image):
-    return ImageOps.invert(enlarged(image))
-
-
-def coloured(image):
-    return ImageOps.colorize(enlarged(image), black=(250, 240, 215), white=(30, 50, 140))
 
 
 def off_centre(image):
@@ -43,71 +31,49 @@ def off_centre(image):
     return paper
 
 
-def padded(image):
-    return ImageOps.expand(enlarged(image), 400, fill=0)
-
-
-def transparent_dark(image):
-    picture = Image.new("RGBA", (280, 280), (20, 20, 20, 0))
-    picture.putalpha(enlarged(image))
-    return picture
-
-
-def transparent_light(image):
-    picture = Image.new("RGBA", (280, 280), (255, 255, 255, 0))
-    picture.putalpha(enlarged(image))
-    return picture
+def transparent(image, ink):
+    return Image.merge("LA", (Image.new("L", (280, 280), ink), enlarged(image)))
 
 
 def jpeg(image):
     file = io.BytesIO()
-    inverted(image).convert("RGB").save(file, "JPEG", quality=50)
+    ImageOps.invert(enlarged(image)).convert("RGB").save(file, "JPEG", quality=50)
     return Image.open(file)
 
 
-def unchanged(image):
-    return image
-
-
-KINDS = (
-    unchanged,
-    enlarged,
-    inverted,
-    coloured,
-    off_centre,
-    padded,
-    transparent_dark,
-    transparent_light,
-    jpeg,
-)
+KINDS = {
+    "unchanged": lambda image: image,
+    "enlarged": enlarged,
+    "inverted": lambda image: ImageOps.invert(enlarged(image)),
+    "coloured": lambda image: ImageOps.colorize(enlarged(image), (250, 240, 215), (30, 50, 140)),
+    "off centre": off_centre,
+    "padded": lambda image: ImageOps.expand(enlarged(image), 400, fill=0),
+    "transparent, dark": lambda image: transparent(image, 20),
+    "transparent, light": lambda image: transparent(image, 255),
+    "jpeg": jpeg,
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--images", type=int, default=1000)
-    args = parser.parse_args()
-    name = utils.read_checkpoint(args.checkpoint)["settings"]["model"]
+    state = utils.read_checkpoint(sys.argv[1])
+    name = state["settings"]["model"]
     model = create_model(name).eval()
-    utils.load_best(model, args.checkpoint)
+    model.load_state_dict(state["model"])
     _, test_set = utils.load_data(standin=False)
-    images, target = test_set.data[: args.images], test_set.targets[: args.images]
-    data = utils.BatchLoader(test_set, 500, "cpu").data[: args.images]
+    images, target = test_set.data[: IMAGES], test_set.targets[: IMAGES]
+    data = utils.BatchLoader(test_set, 500, "cpu").data[: IMAGES]
     with torch.no_grad():
         right = {"plain": utils.GetCorrectPredCount(model(data), target).item()}
-    for kind in tqdm(KINDS):
-        pictures = (kind(Image.fromarray(image.numpy())) for image in images)
+    for kind, turn in tqdm(KINDS.items()):
+        pictures = (turn(Image.fromarray(image.numpy())) for image in images)
         predicted = torch.stack([utils.predict(model, picture) for picture in pictures])
-        right[kind.__name__] = utils.GetCorrectPredCount(predicted, target).item()
-    with open(CSV, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["pictures", "images", "accuracy", "to_plain", "model", "device", "torch"])
-        for kind, count in right.items():
-            values = [100 * count / args.images, 100 * (count - right["plain"]) / args.images]
-            writer.writerow(
-                [kind, args.images, *(f"{v:.1f}" for v in values), name, "CPU", torch.__version__]
-            )
-            print(f"{kind:<20}{values[0]:6.1f} %{values[1]:+6.1f}")
+        right[kind] = utils.GetCorrectPredCount(predicted, target).item()
+    rows = []
+    for kind, count in right.items():
+        shares = dict(accuracy=100 * count / IMAGES, to_plain=100 * (count - right["plain"]) / IMAGES)
+        shares = {column: f"{share:.1f}" for column, share in shares.items()}
+        rows.append(dict(pictures=kind, images=IMAGES, **shares, model=name, **where("cpu")))
+    append_rows(rows, CSV, anew=True)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ Trains on 50,000 images of a fixed permutation of MNIST's training set and valid
 """
 
 import json
-import os
-from pathlib import Path
 import statistics
 
 import torch
 
-from accuracy import append_rows, read_rows, ROOT, train_model
+from accuracy import append_rows, checkpoint, EPOCHS, read_rows, ROOT, train_model, where
 from model import Model4
 import utils
 
@@ -33,6 +31,7 @@ TRIED = [
     {"StepLR": {"step_size": 5, "gamma": 0.2}},
     {"StepLR": {"step_size": 1, "gamma": 0.8}},
     {"plain": 0},
+    {"StepLR": {"step_size": 1, "gamma": 0.7}},
 ]
 
 
@@ -47,16 +46,15 @@ def split(train_set):
     return parts
 
 
-def run(changes, seed, parts, epochs=15):
+def run(changes, seed, parts, epochs=EPOCHS):
     """Train one configuration with one seed; returns its row."""
     recipe = {**BASE, **changes}
     before, after, batch_size = (recipe.pop(name) for name in ("before", "after", "batch_size"))
     torch.manual_seed(seed)
     model = Model4(before, after).to(memory_format=Model4.memory_format)
     settings = dict(changes=json.dumps(changes), epochs=epochs, batch_size=batch_size, seed=seed)
-    name = "".join(c if c.isalnum() else "-" for c in f"{settings['changes']}{seed}")
-    path = Path(os.environ.get("S7_CHECKPOINTS", "checkpoints")) / f"search-{name}.pt"
-    history = train_model(model, recipe, *parts, settings, path)
+    name = "".join(c for c in f"search-{settings['changes']}-{seed}" if c.isalnum() or c in ".-")
+    history = train_model(model, recipe, *parts, settings, checkpoint(name))
     five = slice(-5, None)
     return dict(
         changes=settings["changes"],
@@ -67,9 +65,7 @@ def run(changes, seed, parts, epochs=15):
         loss_last_five=round(statistics.mean(history.test_losses[five]), 5),
         val_acc_by_epoch=" ".join(f"{a:.2f}" for a in history.test_acc),
         seconds=round(statistics.median(history.seconds), 1),
-        device="CPU",
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
+        **where("cpu"),
     )
 
 
