@@ -103,10 +103,7 @@ def checkpoint(name):
 
 def read_rows(path):
     """The recorded rows, as dictionaries of strings; none where there is no file."""
-    if not Path(path).exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(io.StringIO(Path(path).read_text()))) if Path(path).exists() else []
 
 
 def append_rows(rows, path, anew=False):
@@ -121,11 +118,9 @@ def append_rows(rows, path, anew=False):
 
 
 def recorded_runs():
-    """`{(model, schedule): [run, …]}`, a run being its rows' numbers by column, epoch after epoch.
-
-    Models 2 and 3 are one network: as long as Model3's rate has not fallen, its runs are those of
-    both at a constant rate, bit for bit, and stand there too.
-    """
+    """`{(model, schedule): [run, …]}`, a run being its rows' numbers by column, epoch after epoch. As
+    long as Model3's rate has not fallen, its runs are those of Models 2 and 3, one network, at a
+    constant rate, bit for bit, and stand there too."""
     runs = {}
     for row in read_rows(CSV):
         run = runs.setdefault((row["model"], row["schedule"]), {}).setdefault(row["seed"], {})
@@ -171,15 +166,13 @@ def model_table(name, runs):
     """One model's accuracies by schedule, with the published ones; in brackets the range of seeds."""
     rows = []
     for schedule, text in (("constant", "constant, 0.01"), ("described", "as described")):
-        seeds, cells = runs.get((name, schedule), []), []
-        for column in ("train_acc", "test_acc"):
-            best = [max(run[column]) for run in seeds]
-            cells.append(f"{spread(best)} ({min(best):.2f} to {max(best):.2f})" if best else "")
-        for pick in (lambda test: test[-1], lambda test: min(test[-5:])):
-            cells.append(spread([pick(run["test_acc"]) for run in seeds]) if seeds else "")
-        rows += [[text, *cells]] if seeds else []
-    if name in PUBLISHED:
-        rows.append(["published", *(f"{figure:.2f}" for figure in PUBLISHED[name]), "", ""])
+        seeds = runs[name, schedule]
+        tests = [run["test_acc"] for run in seeds]
+        bests = [[max(run[column]) for run in seeds] for column in ("train_acc", "test_acc")]
+        cells = [f"{spread(best)} ({min(best):.2f} to {max(best):.2f})" for best in bests]
+        cells += [spread([test[-1] for test in tests]), spread([min(test[-5:]) for test in tests])]
+        rows.append([text, *cells])
+    rows.append(["published", *(f"{figure:.2f}" for figure in PUBLISHED[name]), "", ""])
     header = "learning rate,train best epoch,test best epoch,test last epoch,worst of last five"
     return markdown(header.split(","), rows)
 
@@ -187,33 +180,33 @@ def model_table(name, runs):
 def layers(name):
     """The blocks of a network, a column each: output, parameters and receptive field."""
     blocks = {}
-    for line in utils.summarise(create_model(name)).splitlines()[1:]:
-        path, *_, parameters, _, field = line.split()
-        block = ".".join(path.split(".")[: 2 if path.startswith(("before", "after")) else 1])
-        shape, count = line.split()[2] if block != "total" else "", int(parameters.replace(",", ""))
-        blocks[block] = (shape, f"{count + int(blocks.get(block, ' 0')[1].replace(',', '')):,}", field)
-    rows = zip(("output", "parameters", "receptive field"), *zip(*blocks.values()))
-    return markdown(["", *blocks], ([row[0], *row[1:]] for row in rows))
+    for line in utils.summarise(create_model(name)).splitlines()[1:-1]:
+        path, _, shape, _, parameters, _, field = line.split()
+        block = ".".join(path.split(".")[: 1 + path.startswith(("before", "after"))])
+        _, before, _ = blocks.get(block, ("", 0, ""))
+        blocks[block] = shape, before + int(parameters.replace(",", "")), field
+    labels = "output", "parameters", "receptive field"
+    rows = [[label, *values] for label, values in zip(labels, zip(*blocks.values()))]
+    return markdown(["", *blocks], rows)
 
 
 def steps_table(runs):
     """What each step from Model1 to Model4 is worth, over the first three seeds."""
     rows, before = [], None
-    for key, text in STEPS.items():
-        if key in runs:
-            means = [last_five(run) for run in runs[key][:3]]
-            change = "" if before is None else f"{statistics.mean(means) - before:+.2f}"
-            worst = min(min(run["test_acc"][-5:]) for run in runs[key][:3])
-            rows.append([text, spread(means), f"{worst:.2f}", change])
-            before = statistics.mean(means)
+    for key in (key for key in STEPS if key in runs):
+        means = [last_five(run) for run in runs[key][:3]]
+        change = "" if before is None else f"{statistics.mean(means) - before:+.2f}"
+        worst = min(min(run["test_acc"][-5:]) for run in runs[key][:3])
+        rows.append([STEPS[key], spread(means), f"{worst:.2f}", change])
+        before = statistics.mean(means)
     return markdown(["step", "mean of last five", "worst of last five", "change"], rows)
 
 
 def tables():
     """Every table that the README takes from the recorded runs, by title."""
     runs = recorded_runs()
-    found = {"All models": overview(runs), "Steps": steps_table(runs)}
-    return found | {name: model_table(name, runs) for name in utils.RECIPES}
+    by_model = {name: model_table(name, runs) for name in PUBLISHED}
+    return {"All models": overview(runs), **by_model, "Steps": steps_table(runs)}
 
 
 def plot(name, runs):
@@ -227,8 +220,8 @@ def plot(name, runs):
             axis.plot(epochs, lines.T, color=colour, linewidth=0.7, alpha=0.6)
             label = f"{column[:-4]}, mean of {len(lines)} seeds"
             axis.plot(epochs, lines.mean(0), color=colour, linewidth=2.4, label=label)
-        axis.set(title=f"{name}, learning rate {schedule}", xlabel="epoch", ylabel="accuracy (%)")
-        axis.set_ylim(86 if name == "Model1" else 98, 100)  # the first epochs may lie outside
+        low = 86 if name == "Model1" else 98  # the first epochs may lie outside
+        axis.set(title=f"{name}, {schedule}", xlabel="epoch", ylabel="accuracy (%)", ylim=(low, 100))
         axis.grid(alpha=0.3)
         axis.legend()
     utils.finish(figure, name, f"Accuracy of {name} by epoch")

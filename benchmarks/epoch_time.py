@@ -3,19 +3,16 @@
     python benchmarks/epoch_time.py --model Model3          the table, kept in epoch_time.csv
     python benchmarks/epoch_time.py --model Model3 --quick  on a tenth of the data, not kept
 
-In turn, in another order each round:
-A. torchvision's MNIST with per-image transforms in a DataLoader (RandomAffine, too, where the
-   model's recipe augments), read by `utils.train`;
-B. this repository's loader, read by `utils.train`; also on a tenth of the data, in PyTorch's usual
-   memory order where the model has another, and, in a process of its own, without
-   `keep_freed_memory`;
+A. torchvision's MNIST with per-image transforms in a DataLoader, read by `utils.train`;
+B. this repository's loader; also on a tenth of the data, in PyTorch's usual memory order where the
+   model has another, and, in a process of its own, without `keep_freed_memory`;
 C. the floor: forward, loss, backward and optimizer step over batches cut beforehand.
-The same for a pass over the test set. Needs real MNIST; run nothing beside it.
+The same for a pass over the test set; in another order each round. Run nothing beside it.
 """
 
 import argparse
 import contextlib
-import functools
+import copy
 import io
 import multiprocessing
 import random
@@ -48,8 +45,7 @@ def usual_loader(dataset, augment, workers, device, shuffle):
 
 def tenth(dataset):
     """The first tenth of a data set."""
-    part = type(dataset).__new__(type(dataset))
-    vars(part).update(vars(dataset))
+    part = copy.copy(dataset)
     part.data, part.targets = dataset.data[: len(dataset) // 10], dataset.targets[: len(dataset) // 10]
     return part
 
@@ -69,10 +65,6 @@ def test_floor(model, device, batches, optimizer, criterion):
     model.eval()
     for data, target in batches:
         criterion(model(data), target, reduction="sum")
-
-
-def our_test(model, device, loader, _, criterion):
-    return utils.test(model, device, loader, criterion)
 
 
 def measure(function, loader, name, device, **order):
@@ -101,6 +93,7 @@ def variants(name, device, train_set, test_set, quick):
     ours, part = (utils.BatchLoader(s, BATCH, device, True, augment) for s in (train_set, tenth(train_set)))
     ours_test = utils.BatchLoader(test_set, BATCH, device)
     cut, cut_test = (list(zip(x.data.split(BATCH), x.target.split(BATCH))) for x in (ours, ours_test))
+    our_test = lambda model, device, loader, _, criterion: utils.test(model, device, loader, criterion)
     passes = {
         ("train", "B ours"): (utils.train, ours),
         ("train", "B ours, a tenth of the data"): (utils.train, part),
@@ -113,14 +106,14 @@ def variants(name, device, train_set, test_set, quick):
         passes["train", variant] = utils.train, usual_loader(train_set, augment, count, device, True)
         passes["test", variant] = our_test, usual_loader(test_set, None, count, device, False)
     timed = {key: lambda pair=pair: measure(*pair, name, device) for key, pair in passes.items()}
-    usual = torch.contiguous_format
-    if MODELS[name].memory_format != usual:
-        in_order = functools.partial(measure, utils.train, ours, name, device, memory_format=usual)
-        timed["train", "B ours, usual memory order"] = in_order
+    order = dict(memory_format=torch.contiguous_format)
+    if MODELS[name].memory_format not in order.values():
+        pair = passes["train", "B ours"]
+        timed["train", "B ours, usual memory order"] = lambda: measure(*pair, name, device, **order)
     if device == "cpu":
         apart = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
-        unkept = functools.partial(apart.apply, measure_unkept, (name, device, quick))
-        timed["train", "B ours, freed memory not kept"] = unkept
+        task = measure_unkept, (name, device, quick)
+        timed["train", "B ours, freed memory not kept"] = lambda: apart.apply(*task)
     return timed
 
 
@@ -143,15 +136,15 @@ def main():
     median = {key: statistics.median(times) for key, times in seconds.items()}
     rows = []
     for (phase, variant), times in sorted(seconds.items(), reverse=True):
-        numbers = dict(seconds=median[phase, variant], fastest=min(times), slowest=max(times))
-        numbers |= dict(to_usual=numbers["seconds"] / median[phase, USUAL])
-        numbers |= dict(to_floor=numbers["seconds"] / median[phase, FLOOR])
+        middle = median[phase, variant]
+        numbers = dict(seconds=middle, fastest=min(times), slowest=max(times))
+        numbers |= dict(to_usual=middle / median[phase, USUAL], to_floor=middle / median[phase, FLOOR])
         row = {"model": args.model, "pass": phase, "variant": variant, "batch": BATCH, "rounds": args.rounds}
         rows.append(row | {column: f"{number:.3f}" for column, number in numbers.items()} | where(device))
         print(" ".join(map(str, rows[-1].values())))
     if not args.quick:
-        mine = [(row["model"], row["device"]) for row in rows]
-        kept = [row for row in read_rows(CSV) if (row["model"], row["device"]) not in mine]
+        mine = args.model, where(device)["device"]
+        kept = [row for row in read_rows(CSV) if (row["model"], row["device"]) != mine]
         append_rows(kept + rows, CSV, anew=True)
 
 

@@ -2,9 +2,8 @@
 
     python benchmarks/model1_last_block.py
 
-Takes the checkpoints that accuracy.py leaves for Model1 (schedule as described) and passes the
-60,000 training images through them, with BatchNorm fixed, under four settings of the dropout.
-Writes model1_last_block.csv, a row a seed and setting.
+Passes the 60,000 training images through the checkpoints that accuracy.py leaves for Model1 (as
+described), with BatchNorm fixed. Writes model1_last_block.csv, a row a seed and setting.
 """
 
 import torch
@@ -38,7 +37,6 @@ def main():
             for name, layer in dropouts.items():
                 layer.train(chosen(name))
             torch.manual_seed(seed)
-            print(f"seed {seed}, {setting}: ", end="")
             accuracy = utils.test(model, "cpu", loader, F.nll_loss)[1]
             rows.append(dict(dropout=setting, seed=seed, train_acc=f"{accuracy:.3f}", **where("cpu")))
     append_rows(rows, CSV, anew=True)

@@ -1,9 +1,8 @@
 """How `predict` fares on pictures: 1,000 MNIST test images, each turned into pictures of many kinds.
 
-    python benchmarks/own_digits.py checkpoints/Model4-seed1.pt
+    python benchmarks/own_digits.py checkpoints/Model4-seed1.pt     with a full run's weights
 
-The argument is the checkpoint of a full run. Writes own_digits.csv: the accuracy for each kind of
-picture beside that on the plain test images.
+Writes own_digits.csv: the accuracy for each kind of picture beside that on the plain test images.
 """
 
 import io
@@ -31,10 +30,6 @@ def off_centre(image):
     return paper
 
 
-def transparent(image, ink):
-    return Image.merge("LA", (Image.new("L", (280, 280), ink), enlarged(image)))
-
-
 def jpeg(image):
     file = io.BytesIO()
     ImageOps.invert(enlarged(image)).convert("RGB").save(file, "JPEG", quality=50)
@@ -48,8 +43,8 @@ KINDS = {
     "coloured": lambda image: ImageOps.colorize(enlarged(image), (250, 240, 215), (30, 50, 140)),
     "off centre": off_centre,
     "padded": lambda image: ImageOps.expand(enlarged(image), 400, fill=0),
-    "transparent, dark": lambda image: transparent(image, 20),
-    "transparent, light": lambda image: transparent(image, 255),
+    "transparent, dark": lambda image: Image.merge("LA", (Image.new("L", (280, 280), 20), enlarged(image))),
+    "transparent, light": lambda image: Image.merge("LA", (Image.new("L", (280, 280), 255), enlarged(image))),
     "jpeg": jpeg,
 }
 
@@ -70,9 +65,9 @@ def main():
         right[kind] = utils.GetCorrectPredCount(predicted, target).item()
     rows = []
     for kind, count in right.items():
-        shares = dict(accuracy=100 * count / IMAGES, to_plain=100 * (count - right["plain"]) / IMAGES)
-        shares = {column: f"{share:.1f}" for column, share in shares.items()}
-        rows.append(dict(pictures=kind, images=IMAGES, **shares, model=name, **where("cpu")))
+        accuracy, to_plain = (f"{100 * n / IMAGES:.1f}" for n in (count, count - right["plain"]))
+        row = dict(pictures=kind, images=IMAGES, accuracy=accuracy, to_plain=to_plain, model=name)
+        rows.append(row | where("cpu"))
     append_rows(rows, CSV, anew=True)
 
 

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
-import shutil
 import threading
 
 import pytest
@@ -15,7 +14,6 @@ from torchvision.transforms.functional import InterpolationMode, affine as torch
 import utils
 
 NAMES = list(utils.MNIST_MD5)
-HTML = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
 
 
 def test_loader_yields_what_torchvision_does(small):
@@ -41,22 +39,20 @@ def test_shuffling_takes_every_image_once_and_anew(small):
     assert torch.equal(data, loader.data[target])  # images stay with their targets
 
 
-def test_a_batch_size_below_1_is_refused(small):
-    with pytest.raises(ValueError, match="10 images in batches of 0: give at least 1"):
-        utils.BatchLoader(small(10), 0, "cpu")
-
-
-@pytest.mark.parametrize("bad, message", [(10, "run from 0 to 10: digits"), (-1, "run from -1 to 9")])
-def test_targets_that_are_no_digits_are_refused(small, bad, message):
-    dataset = small(100)
-    dataset.targets[7] = bad
+@pytest.mark.parametrize(
+    "count, batch, bad, message",
+    [
+        (10, 0, 3, "10 images in batches of 0: give at least 1"),
+        (0, 50, None, "0 images in batches of 50"),
+        (99, 50, 10, "run from 0 to 10: digits"),
+        (99, 50, -1, "run from -1 to 9"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(small, count, batch, bad, message):
+    dataset = small(count)
+    dataset.targets[:1] = bad or 0
     with pytest.raises(ValueError, match=message):
-        utils.BatchLoader(dataset, 50, "cpu")
-
-
-def test_an_empty_set_is_refused(small):
-    with pytest.raises(ValueError, match="0 images in batches of 50"):
-        utils.BatchLoader(small(0), 50, "cpu")
+        utils.BatchLoader(dataset, batch, "cpu")
 
 
 @pytest.mark.parametrize("degrees, shift, scale", [(10, (3, 0), 1.0), (-7, (0, -2), 1.1), (25, (-1, 4), 0.8)])
@@ -74,41 +70,32 @@ def test_affine_is_torchvisions(small, monkeypatch, degrees, shift, scale):
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
 
 
-def test_each_image_of_a_batch_has_its_own_turn_shift_and_scale(small):
+def test_augmentation_stays_within_its_bounds_and_differs_by_image(small, monkeypatch):
+    """The matrices read back: a turn and a size of each image, and where its middle goes."""
     image = utils.BatchLoader(small(1), 1, "cpu").data
     out = utils.random_affine(image.expand(50, -1, -1, -1), degrees=10, shift=0.06, scale=0.06)
     assert len(torch.unique(out.flatten(1), dim=0)) == 50
     assert out[:, 0, 0, 0].allclose(torch.tensor(-utils.MEAN / utils.STD))  # filled with black
-
-
-def test_augmentation_stays_within_its_bounds(monkeypatch):
-    """The matrices read back: a turn and a size of each image, and where its middle goes."""
+    seen = []
     monkeypatch.setattr(utils.F, "affine_grid", lambda theta, *_, **__: seen.append(theta))
     monkeypatch.setattr(utils.F, "grid_sample", lambda data, *_, **__: data)
-    seen = []
     utils.random_affine(torch.zeros(5000, 1, 28, 28), degrees=10, shift=0.06, scale=0.05)
     turn, move = seen[0][:, :, :2], seen[0][:, :, 2]
-    size = turn.det().rsqrt()
-    angle = torch.atan2(turn[:, 0, 1], turn[:, 0, 0]).rad2deg()
+    angle, size = torch.atan2(turn[:, 0, 1], turn[:, 0, 0]).rad2deg(), turn.det().rsqrt()
     shift = -torch.linalg.solve(turn, move) / 2
     for values, low, high in ((angle, -10, 10), (shift, -0.06, 0.06), (size, 0.95, 1.05)):
         assert low - 1e-4 <= values.min() < low * 0.99 + high * 0.01
         assert low * 0.01 + high * 0.99 < values.max() <= high + 1e-4
 
 
-def test_standin_is_in_mnists_form_and_never_taken_for_it(digits, small):
+def test_standin_is_in_mnists_form_and_the_same_in_every_run(digits):
     for dataset, count in zip(digits, (60_000, 10_000)):
         assert dataset.data.shape == (count, 28, 28) and dataset.data.dtype == torch.uint8
         assert dataset.targets.dtype == torch.int64 and len(dataset) == count
         assert torch.bincount(dataset.targets).min() > 0.09 * count
-        assert "not MNIST" in dataset.title
     image, target = digits[0][3]  # as torchvision's own data set gives it
     assert image.size == (28, 28) and target == digits[0].targets[3]
-
-
-def test_standin_is_deterministic_and_leaves_the_random_state(digits):
-    before = torch.get_rng_state()
-    again = utils.StandIn(train=False)
+    before, again = torch.get_rng_state(), utils.StandIn(train=False)
     assert torch.equal(again.data, digits[1].data) and torch.equal(again.targets, digits[1].targets)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -143,80 +130,60 @@ def tiny_mnist(tmp_path, monkeypatch, small):
 
 @pytest.fixture
 def mirror(tiny_mnist, monkeypatch):
-    """A function that starts a mirror; `cut` of the bytes of each file is all it sends."""
-    servers = []
+    """A function that puts a mirror on the network; `cut` of the bytes of each file is all it sends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = tiny_mnist[2][self.path.strip("/").removesuffix(".gz")]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: int(self.cut * len(body))])
+
+        do_HEAD = do_GET
+        log_message = lambda *_: None
 
     def start(cut=1.0):
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                body = tiny_mnist[2][self.path.strip("/").removesuffix(".gz")]
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[: int(cut * len(body))])
-
-            do_HEAD = do_GET
-
-            def log_message(self, *_):
-                pass
-
-        server = HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
+        Handler.cut = cut
         monkeypatch.setattr(utils.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
 
-    yield start
-    for server in servers:
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield start
         server.shutdown()
-        server.server_close()
 
 
 FAULTS = {
-    "missing": (lambda content: None, "is missing"),
-    "empty": (lambda content: b"", "is damaged"),
-    "truncated": (lambda content: content[: len(content) // 2], "is damaged"),
-    "one byte changed": (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "is damaged"),
-    "an HTML page": (lambda content: HTML, "is damaged"),
-    "another length": (lambda content: content[:4] + bytes([0, 0, 0, 7]) + content[8:15], "is damaged"),
+    "missing": lambda content: None,
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "one byte changed": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "an HTML page": lambda content: b"<!DOCTYPE html><html><body>Sign in</body></html>",
+    "another length": lambda content: content[:4] + bytes([0, 0, 0, 7]) + content[8:15],
 }
-
-
-def damage(folder, name, contents, fault):
-    path = folder / "MNIST" / "raw" / name
-    content = FAULTS[fault][0](contents[name])
-    path.unlink() if content is None else path.write_bytes(content)
-    return path
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bad_file_is_named_in_one_line(tiny_mnist, name, fault):
+def test_a_bad_file_is_named_in_one_line_or_fetched_anew(tiny_mnist, mirror, monkeypatch, name, fault):
+    """Without a mirror, with one that breaks off half way, and with one that works."""
     folder, contents, _ = tiny_mnist
-    path = damage(folder, name, contents, fault)
-    with pytest.raises(RuntimeError) as error:
-        utils.load_data(standin=False)
-    message = str(error.value)
-    assert message.startswith(f"{path} {FAULTS[fault][1]}") and "\n" not in message
-    assert "connect to the network" in message and "MNIST_ROOT" in message
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_file_is_fetched_anew(tiny_mnist, mirror, fault):
-    folder, contents, _ = tiny_mnist
-    path = damage(folder, NAMES[0], contents, fault)
+    path = folder / "MNIST" / "raw" / name
+    content = FAULTS[fault](contents[name])
+    path.unlink() if content is None else path.write_bytes(content)
+    problem = "missing" if fault == "missing" else "damaged"
+    advice = "connect to the network and run again, .* or set MNIST_ROOT$"
+    for prepare in (lambda: None, lambda: mirror(cut=0.5)):
+        prepare()
+        with pytest.raises(RuntimeError, match=f"^{path} is {problem} and could not .*{advice}"):
+            utils.load_data(standin=False)
     mirror()
+    patience, real = [], datasets.MNIST.download
+    watched = lambda self: patience.append(utils.socket.getdefaulttimeout()) or real(self)
+    monkeypatch.setattr(datasets.MNIST, "download", watched)
     train_set, test_set = utils.load_data(standin=False)
-    assert path.read_bytes() == contents[NAMES[0]]
-    assert (len(train_set), len(test_set)) == (50, 20)
-
-
-def test_a_download_cut_off_half_way_is_reported(tiny_mnist, mirror):
-    folder, contents, _ = tiny_mnist
-    path = damage(folder, NAMES[2], contents, "missing")
-    mirror(cut=0.5)
-    with pytest.raises(RuntimeError, match="is missing and could not be downloaded"):
-        utils.load_data(standin=False)
-    assert not path.exists()
+    assert path.read_bytes() == contents[name] and (len(train_set), len(test_set)) == (50, 20)
+    assert patience[0] == 15 and utils.socket.getdefaulttimeout() is None  # a silent server's
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, mirror, monkeypatch):
@@ -228,50 +195,27 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, mirror, monkeypatch)
     assert "\n" not in str(error.value)
 
 
-def test_good_files_need_no_network_and_are_left_alone(tiny_mnist):
+def test_good_files_need_no_network_and_only_they_are_read(tiny_mnist):
     folder, contents, _ = tiny_mnist
+    (folder / "MNIST" / "processed").mkdir()  # of old versions, which no digest covers
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(3, 28, 28), torch.zeros(3)), folder / "MNIST" / "processed" / name)
     before = {p: p.stat().st_mtime_ns for p in (folder / "MNIST" / "raw").iterdir()}
     train_set, _ = utils.load_data()
     assert train_set.title == "MNIST" and len(train_set) == 50
     assert before == {p: p.stat().st_mtime_ns for p in (folder / "MNIST" / "raw").iterdir()}
 
 
-def test_unchecked_files_of_old_versions_are_not_read(tiny_mnist):
-    folder, *_ = tiny_mnist
-    (folder / "MNIST" / "processed").mkdir()
-    for name in ("training.pt", "test.pt"):
-        torch.save((torch.zeros(3, 28, 28), torch.zeros(3)), folder / "MNIST" / "processed" / name)
-    assert len(utils.load_data()[0]) == 50
-
-
-def test_the_standin_is_loud(monkeypatch, capsys):
+@pytest.mark.parametrize("way", ["allowed", "argument", "environment"])
+def test_the_standin_is_loud_and_can_be_forbidden(monkeypatch, capsys, way):
     monkeypatch.setattr(utils.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    train_set, _ = utils.load_data()
-    text = capsys.readouterr().out
-    assert "THIS IS NOT MNIST" in text and "refused" in text and "MNIST_ROOT" in text
-    assert "not MNIST" in train_set.title
-
-
-@pytest.mark.parametrize("way", ["argument", "environment"])
-def test_the_standin_can_be_forbidden(monkeypatch, way):
-    monkeypatch.setattr(utils.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    if way == "allowed":
+        train_set, _ = utils.load_data()
+        text = capsys.readouterr().out
+        assert "THIS IS NOT MNIST" in text and "refused" in text and "MNIST_ROOT" in text
+        assert "not MNIST" in train_set.title
+        return
     if way == "environment":
         monkeypatch.setenv("S7_STANDIN", "0")
     with pytest.raises(RuntimeError, match="train-images-idx3-ubyte is missing"):
         utils.load_data(standin=way == "environment")
-
-
-def test_a_silent_server_is_given_up_within_15_seconds(tiny_mnist, mirror, monkeypatch):
-    patience = []
-    real = datasets.MNIST.download
-
-    def watched(self):
-        patience.append(utils.socket.getdefaulttimeout())
-        real(self)
-
-    monkeypatch.setattr(datasets.MNIST, "download", watched)
-    folder, contents, _ = tiny_mnist
-    damage(folder, NAMES[0], contents, "missing")
-    mirror()
-    utils.load_data()
-    assert patience[0] == 15 and utils.socket.getdefaulttimeout() is None

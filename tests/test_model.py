@@ -8,8 +8,8 @@ import model as models
 import utils
 
 
-def block(i, o, k=3, p=0, drop=None):
-    layers = [nn.Conv2d(i, o, k, padding=p, bias=False), nn.ReLU(), nn.BatchNorm2d(o)]
+def block(i, o, p=0, drop=None):
+    layers = [nn.Conv2d(i, o, 3, padding=p, bias=False), nn.ReLU(), nn.BatchNorm2d(o)]
     return nn.Sequential(*layers, *([nn.Dropout(drop)] if drop else []))
 
 
@@ -17,37 +17,20 @@ def alone(i, o, k):
     return nn.Sequential(nn.Conv2d(i, o, k, bias=False))
 
 
-def published(name, drop=0.1):
-    """The published network as an ordered dictionary of its attributes."""
+def published(name, d=0.1):
+    """The published network, with its attributes' names."""
     if name == "Model1":
-        last = [nn.Conv2d(10, 10, 1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Dropout(drop)]
-        layers = dict(
-            convblock1=block(1, 8, drop=drop),
-            convblock2=block(8, 16, drop=drop),
-            convblock3=alone(16, 10, 1),
-            pool1=nn.MaxPool2d(2, 2),
-            convblock4=block(10, 10, drop=drop),
-            convblock5=block(10, 10, p=1, drop=drop),
-            pool2=nn.MaxPool2d(2, 2),
-            convblock6=block(10, 10, p=1, drop=drop),
-            gap=nn.Sequential(nn.AvgPool2d(5)),
-            convblock7=nn.Sequential(*last),
-        )
+        last = [nn.Conv2d(10, 10, 1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Dropout(d)]
+        names = "convblock1 convblock2 convblock3 pool1 convblock4 convblock5 pool2 convblock6 gap convblock7"
+        layers = [block(1, 8, drop=d), block(8, 16, drop=d), alone(16, 10, 1), nn.MaxPool2d(2, 2)]
+        layers += [block(10, 10, drop=d), block(10, 10, 1, d), nn.MaxPool2d(2, 2), block(10, 10, 1, d)]
+        layers += [nn.Sequential(nn.AvgPool2d(5)), nn.Sequential(*last)]
     else:
-        layers = dict(
-            convblock1=block(1, 8),
-            convblock2=block(8, 16),
-            convblock3=alone(16, 10, 1),
-            pool1=nn.MaxPool2d(2, 2),
-            convblock4=block(10, 10),
-            convblock5=block(10, 16),
-            convblock6=block(16, 10),
-            convblock7=block(10, 10),
-            convblock8=block(10, 10),
-            convblock9=alone(10, 10, 2),
-        )
+        names = "convblock1 convblock2 convblock3 pool1 " + " ".join(f"convblock{n}" for n in range(4, 10))
+        layers = [block(1, 8), block(8, 16), alone(16, 10, 1), nn.MaxPool2d(2, 2), block(10, 10)]
+        layers += [block(10, 16), block(16, 10), block(10, 10), block(10, 10), alone(10, 10, 2)]
     network = nn.Sequential()
-    for attribute, layer in layers.items():
+    for attribute, layer in zip(names.split(), layers, strict=True):
         network.add_module(attribute, layer)
     return network
 
@@ -88,25 +71,21 @@ def test_separable_networks_written_out(name, widths):
     torch.testing.assert_close(network.eval()(images), plain.eval()(images))
 
 
-@pytest.mark.parametrize(
-    "name, count",
-    [("Model1", 4312), ("Model2", 7524), ("Model3", 7524), ("Model4", 7808), ("Model5", 4310)],
-)
-def test_parameter_count(name, count):
-    assert sum(p.numel() for p in models.create_model(name).parameters()) == count
+COUNTS = {"Model1": 4312, "Model2": 7524, "Model3": 7524, "Model4": 7808, "Model5": 4310}
 
 
-@pytest.mark.parametrize("name", models.MODELS)
-def test_output_is_log_probabilities(name):
-    output = models.create_model(name)(torch.randn(4, 1, 28, 28))
+@pytest.mark.parametrize("name, count", COUNTS.items())
+def test_parameters_and_log_probabilities(name, count):
+    model = models.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == count
+    output = model(torch.randn(4, 1, 28, 28))
     assert output.shape == (4, 10)
     torch.testing.assert_close(output.exp().sum(1), torch.ones(4))
 
 
 def test_an_unknown_name_lists_the_right_ones():
-    with pytest.raises(ValueError, match="'Model9'.*Model1, Model2, Model3") as error:
+    with pytest.raises(ValueError, match="^unknown model 'Model9'.*Model1, Model2, Model3.*$"):
         models.create_model("Model9")
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -130,22 +109,6 @@ def test_the_summary(name, fields, mult_adds):
     assert total == ["total", f"{count:,}", f"{mult_adds:,}", str(fields[-1])]
     assert sum(int(line[-3].replace(",", "")) for line in lines) == count
     assert "Units" not in utils.summarise(model)
-
-
-def test_receptive_field_by_gradient():
-    """Model3's fifth block sees 14 × 14 pixels: those that its middle output has a gradient on."""
-    network = models.create_model("Model3").eval()
-    image = torch.randn(1, 1, 28, 28, requires_grad=True)
-    x = image
-    for name, layer in network.named_children():
-        x = layer(x)
-        if name == "convblock5":
-            break
-    x[0, :, 4, 4].sum().backward()
-    seen = image.grad[0, 0].nonzero()
-    side = (seen.max(0).values - seen.min(0).values + 1).max().item()
-    row = next(r for r in utils.summarise(network).splitlines() if r.startswith("convblock5.0"))
-    assert 12 < side <= int(row.split()[-1]) == 14  # ReLU and the pool may hide the rim
 
 
 def test_memory_order_is_the_one_its_class_names():

@@ -44,14 +44,17 @@ def last_block_table():
     return accuracy.markdown(["dropout left on", "train accuracy"], lines)
 
 
+def plain_table(name, *columns):
+    return accuracy.markdown(columns, [[row[column] for column in columns] for row in rows_of(name)])
+
+
 def digits_table():
-    columns = "pictures", "accuracy", "to_plain"
-    return accuracy.markdown(columns, [[row[column] for column in columns] for row in rows_of("own_digits.csv")])
+    return plain_table("own_digits.csv", "pictures", "accuracy", "to_plain")
 
 
 def times_table():
     columns = "model", "pass", "variant", "seconds", "fastest", "slowest", "to_usual", "to_floor"
-    return accuracy.markdown(columns, [[row[column] for column in columns] for row in rows_of("epoch_time.csv")])
+    return plain_table("epoch_time.csv", *columns)
 
 
 def short_times_table():
