@@ -22,7 +22,7 @@ def mistakes(small):
     return dataset, *utils.find_mistakes(model, "cpu", utils.BatchLoader(dataset, 4, "cpu"))
 
 
-def test_mistakes_are_found_and_sorted(mistakes):
+def test_mistakes_are_found_sorted_and_counted(mistakes, figures):
     dataset, confusion, found = mistakes
     images, target, predicted, probability = zip(*found)
     assert (target, predicted) == ((9, 1, 2), (4, 7, 0))
@@ -32,10 +32,7 @@ def test_mistakes_are_found_and_sorted(mistakes):
     for true, guess in [(0, 0), (1, 7), (2, 2), (2, 0), (9, 4), (9, 9)]:
         expected[true, guess] += 1
     assert torch.equal(confusion, expected)
-
-
-def test_confusion_figure_shows_every_count(mistakes, figures):
-    utils.plot_confusion(mistakes[1], "Model3 on MNIST")
+    utils.plot_confusion(confusion, "Model3 on MNIST")
     figure, metadata = figures[0]
     shown = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
     assert len(shown) == 100 and shown[7, 1] == "1" and shown[0, 0] == "1" and shown[5, 5] == "·"
@@ -69,15 +66,9 @@ def test_curves_show_the_history(figures):
     assert "best test 96.50 %" in metadata["image/png"]["alt"]
 
 
-@pytest.mark.parametrize(
-    "accuracies, epoch",
-    [([99.3, 99.4, 99.5], 2), ([99.5, 99.5], 1), ([99.5, 99.39, 99.4], 3), ([99.5, 99.3], None), ([], None)],
-)
-def test_held_from(accuracies, epoch):
-    assert utils.held_from(accuracies) == epoch
-
-
 def test_the_result():
+    cases = {(99.3, 99.4, 99.5): 2, (99.5, 99.5): 1, (99.5, 99.39, 99.4): 3, (99.5, 99.3): None, (): None}
+    assert all(utils.held_from(accuracies) == epoch for accuracies, epoch in cases.items())
     test_acc = [99.1, 98.8, 99.2, 99.41, 99.43, 99.4]
     history = utils.History([0.1] * 6, [98.0] * 6, [0.1] * 6, test_acc, [0.1] * 5 + [0.01], [1] * 6)
     text = utils.result(history, "Model3 on MNIST")
@@ -102,10 +93,7 @@ def test_a_bar_is_scaled_to_20_and_centred_by_mass():
     expected = torch.zeros(28, 28)
     expected[4:24, 13:16] = 1  # rows 4 to 23 have their middle at 13.5, a tie
     torch.testing.assert_close(pixels, expected, atol=1e-4, rtol=0)
-
-
-def test_the_centre_of_mass_is_the_middle_of_the_image():
-    picture = bar(box=(80, 50, 110, 250))
+    picture = bar()
     picture.paste(255, (110, 50, 180, 90))  # a flag at the top: the mass lies up and to the right
     pixels = (utils.prepare_digit(picture) * utils.STD + utils.MEAN)[0, 0].clamp(min=0)
     middle = [(pixels.sum(1 - d) * torch.arange(28)).sum() / pixels.sum() for d in (0, 1)]
@@ -156,17 +144,16 @@ def test_predict_returns_the_models_probabilities(tmp_path):
         torch.testing.assert_close(probabilities, expected)
 
 
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda folder: folder / "none.png", "none.png is not an image that can be read .*No such file"),
-        (lambda folder: folder, "is not an image that can be read"),
-        (lambda folder: (folder / "a.txt").write_text("3") and folder / "a.txt", "a.txt is not an image"),
-        (lambda folder: Image.new("L", (50, 50), 128), "the image shows no digit"),
-        (lambda folder: Image.new("RGBA", (50, 50), (0, 0, 0, 0)), "the image shows no digit"),
-    ],
-    ids="missing folder text uniform transparent".split(),
-)
+NO_DIGITS = {
+    "missing": (lambda folder: folder / "none.png", "none.png is not an image that can be read .*No such"),
+    "folder": (lambda folder: folder, "is not an image that can be read"),
+    "text": (lambda folder: (folder / "a").write_text("3") and folder / "a", "a is not an image that can"),
+    "uniform": (lambda folder: Image.new("L", (50, 50), 128), "the image shows no digit"),
+    "transparent": (lambda folder: Image.new("RGBA", (50, 50), (0, 0, 0, 0)), "the image shows no digit"),
+}
+
+
+@pytest.mark.parametrize("make, message", NO_DIGITS.values(), ids=NO_DIGITS)
 def test_what_is_no_picture_of_a_digit_gives_one_line(tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as error:
         utils.predict(create_model("Model3"), make(tmp_path))

@@ -48,13 +48,9 @@ def plain_table(name, *columns):
     return accuracy.markdown(columns, [[row[column] for column in columns] for row in rows_of(name)])
 
 
-def digits_table():
-    return plain_table("own_digits.csv", "pictures", "accuracy", "to_plain")
-
-
-def times_table():
-    columns = "model", "pass", "variant", "seconds", "fastest", "slowest", "to_usual", "to_floor"
-    return plain_table("epoch_time.csv", *columns)
+digits_table = lambda: plain_table("own_digits.csv", "pictures", "accuracy", "to_plain")
+TIMES = "model", "pass", "variant", "seconds", "fastest", "slowest", "to_usual", "to_floor"
+times_table = lambda: plain_table("epoch_time.csv", *TIMES)
 
 
 def short_times_table():
@@ -110,7 +106,7 @@ def test_sentences_and_times_are_those_of_their_files():
 @pytest.mark.parametrize("page", [README, DETAILS])
 def test_every_number_in_the_text_stands_in_a_table(page):
     """Numbers with two decimals and more; those of the recipe and the published ones apart."""
-    given = {"99.54", "99.45", "99.46", "99.38", "0.75", "0.01", "99.11", "99.28", "0.05", "0.06"}
+    given = {"3.10", "99.54", "99.45", "99.46", "99.38", "0.75", "0.01", "99.11", "99.28", "0.05", "0.06"}
     lines = (README + DETAILS).splitlines()
     tables = " ".join(line for line in lines if line.startswith("|")) + by_seed("Model4") + by_seed("Model5")
     text = " ".join(line for line in page.splitlines() if not line.startswith("|"))
