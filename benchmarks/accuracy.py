@@ -4,8 +4,7 @@
     python benchmarks/accuracy.py --summary                              print the tables
     S7_FIGURES=images python benchmarks/accuracy.py --plot               draw the curves
 
-A finished run is appended to `accuracy.csv`, a row an epoch; a run cut off goes on from its
-checkpoint. Several processes may work at once on different models or seeds.
+A finished run is appended to `accuracy.csv`; one cut off goes on. Processes may share the models.
 """
 
 import argparse
@@ -143,8 +142,7 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def last_five(run):
-    return statistics.mean(run["test_acc"][-5:])
+last_five = lambda run: statistics.mean(run["test_acc"][-5:])
 
 
 def overview(runs):
@@ -185,16 +183,18 @@ def layers(name):
         block = ".".join(path.split(".")[: 1 + path.startswith(("before", "after"))])
         _, before, _ = blocks.get(block, ("", 0, ""))
         blocks[block] = shape, before + int(parameters.replace(",", "")), field
-    labels = "output", "parameters", "receptive field"
-    rows = [[label, *values] for label, values in zip(labels, zip(*blocks.values()))]
-    return markdown(["", *blocks], rows)
+    labels = [("output",), ("parameters",), ("receptive field",)]
+    return markdown(["", *blocks], [a + b for a, b in zip(labels, zip(*blocks.values()))])
 
 
 def steps_table(runs):
-    """What each step from Model1 to Model4 is worth, over the first three seeds."""
+    """What each step to Model4 is worth, over the first three seeds."""
     rows, before = [], None
-    for key in (key for key in STEPS if key in runs):
-        means = [last_five(run) for run in runs[key][:3]]
+    for key in STEPS:
+        means = [last_five(run) for run in runs.get(key, [])[:3]]
+        if not means:  # the next step's change would be that of several
+            before = None
+            continue
         change = "" if before is None else f"{statistics.mean(means) - before:+.2f}"
         worst = min(min(run["test_acc"][-5:]) for run in runs[key][:3])
         rows.append([STEPS[key], spread(means), f"{worst:.2f}", change])
@@ -235,7 +235,7 @@ def main():
     parser.add_argument("--plot", action="store_true", help="draw the curves into the folder S7_FIGURES")
     args = parser.parse_args()
     if args.summary:
-        return print("\n\n".join(f"{title}\n\n{table}" for title, table in tables().items()))
+        return print(*(f"{title}\n\n{table}\n" for title, table in tables().items()), sep="\n")
     if args.plot:
         return [plot(name, recorded_runs()) for name in utils.RECIPES]
     wanted = [(*key, seed) for seed in args.seeds for key in RECIPES if key[0] in args.models]
