@@ -33,10 +33,9 @@ EPOCHS, SEEDS = 15, (1, 2, 3, 4, 5)
 PUBLISHED = {"Model1": (88.88, 98.53), "Model2": (99.50, 99.11), "Model3": (99.50, 99.28)}
 
 _FOUR = utils.RECIPES["Model4"]
-_CONSTANT = dict(StepLR=dict(step_size=1, gamma=1.0))  # what the published runs really did
 RECIPES = {
     **{(name, "described"): recipe for name, recipe in utils.RECIPES.items()},
-    ("Model1", "constant"): {**utils.RECIPES["Model1"], **_CONSTANT},
+    ("Model1", "constant"): {**utils.RECIPES["Model1"], "StepLR": dict(step_size=1, gamma=1.0)},
     ("Model2", "rate"): {**_FOUR, "augment": None},
     ("Model2", "augment"): {**_FOUR, "plain": 0},
     ("Model2", "plain"): _FOUR,
@@ -88,9 +87,9 @@ def run(name, schedule, seed, data, device):
     settings = dict(model=name, data=data[0].title, epochs=EPOCHS, batch_size=128, seed=seed)
     path = checkpoint(f"accuracy-{name}-{schedule}-{seed}")
     history = train_model(model, RECIPES[name, schedule], *data, settings, path, device)
-    numbers = (history.learning_rates, history.train_losses, history.train_acc, history.test_losses)
+    columns = (history.learning_rates, history.train_losses, history.train_acc, history.test_losses)
     rows = []
-    for epoch, numbers in enumerate(zip(*numbers, history.test_acc, history.seconds), 1):
+    for epoch, numbers in enumerate(zip(*columns, history.test_acc, history.seconds), 1):
         row = dict(model=name, schedule=schedule, seed=seed, epoch=epoch)
         rows.append(row | dict(zip(NUMBERS, (round(number, 6) for number in numbers))) | where(device))
     return rows
@@ -142,7 +141,8 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-last_five = lambda run: statistics.mean(run["test_acc"][-5:])
+def last_five(run):
+    return statistics.mean(run["test_acc"][-5:])
 
 
 def overview(runs):
