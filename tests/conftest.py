@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import utils
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, Ctrl-C is ignored
+torch.set_num_threads(1)  # the bits of a run depend on their number
 
 
 @pytest.fixture(scope="session")
@@ -25,18 +26,17 @@ def digits():
     return utils.StandIn(), utils.StandIn(train=False)
 
 
-def cut(whole, count):
-    """The first images of a data set as one of their own."""
-    dataset = utils.StandIn.__new__(utils.StandIn)
-    dataset.data, dataset.targets = whole.data[:count].clone(), whole.targets[:count].clone()
-    dataset.transform = dataset.target_transform = None
-    return dataset
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(digits):
     """A function that cuts the first images off a stand-in set: `small(200, train=True)`."""
-    return lambda count, train=True: cut(digits[0 if train else 1], count)
+
+    def cut(count, train=True):
+        whole, dataset = digits[0 if train else 1], utils.StandIn.__new__(utils.StandIn)
+        dataset.data, dataset.targets = whole.data[:count].clone(), whole.targets[:count].clone()
+        dataset.transform = dataset.target_transform = None
+        return dataset
+
+    return cut
 
 
 @pytest.fixture(autouse=True)

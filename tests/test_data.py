@@ -39,22 +39,6 @@ def test_shuffling_takes_every_image_once_and_anew(small):
     assert torch.equal(data, loader.data[target])  # images stay with their targets
 
 
-@pytest.mark.parametrize(
-    "count, batch, bad, message",
-    [
-        (10, 0, 3, "10 images in batches of 0: give at least 1"),
-        (0, 50, None, "0 images in batches of 50"),
-        (99, 50, 10, "run from 0 to 10: digits"),
-        (99, 50, -1, "run from -1 to 9"),
-    ],
-)
-def test_what_cannot_be_loaded_is_refused(small, count, batch, bad, message):
-    dataset = small(count)
-    dataset.targets[:1] = bad or 0
-    with pytest.raises(ValueError, match=message):
-        utils.BatchLoader(dataset, batch, "cpu")
-
-
 @pytest.mark.parametrize("degrees, shift, scale", [(10, (3, 0), 1.0), (-7, (0, -2), 1.1), (25, (-1, 4), 0.8)])
 def test_affine_is_torchvisions(small, monkeypatch, degrees, shift, scale):
     """With the draw fixed to what gives these amounts: a draw of 0.5 is none, 1 the most."""
@@ -104,52 +88,43 @@ def test_standin_is_in_mnists_form_and_the_same_in_every_run(digits):
 
 
 @pytest.fixture
-def tiny_mnist(tmp_path, monkeypatch, small):
-    """The data folder, with four good files whose digests `utils` takes for MNIST's; no mirror answers."""
-    raw = tmp_path / "MNIST" / "raw"
+def mnist(tmp_path, monkeypatch, small):
+    """The folder that holds four good files, whose digests `utils` takes for MNIST's; their contents;
+    and a function that puts a mirror on the network, which sends a `share` of each archive's bytes."""
+    raw, contents = tmp_path / "MNIST" / "raw", {}
     raw.mkdir(parents=True)
-    contents = {}
     for part, count in (("train", 50), ("t10k", 20)):
         dataset = small(count)
         for kind, values in (("images-idx3", dataset.data), ("labels-idx1", dataset.targets.byte())):
             shape = b"".join(size.to_bytes(4, "big") for size in values.shape)
             header = bytes([0, 0, 8, values.dim()]) + shape
             contents[f"{part}-{kind}-ubyte"] = header + values.numpy().tobytes()
-
-    def md5(content):
-        return hashlib.md5(content).hexdigest()
-
-    archives = {name: gzip.compress(content, mtime=0) for name, content in contents.items()}
+    for name, content in contents.items():
+        (raw / name).write_bytes(content)
+    archives = {name: gzip.compress(contents[name], mtime=0) for name in NAMES}
+    md5 = lambda content: hashlib.md5(content).hexdigest()
     monkeypatch.setattr(utils, "MNIST_MD5", {name: md5(contents[name]) for name in NAMES})
     monkeypatch.setattr(utils.MNIST, "resources", [(f"{n}.gz", md5(archives[n])) for n in NAMES])
     monkeypatch.setattr(utils.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    for name, content in contents.items():
-        (raw / name).write_bytes(content)
-    return tmp_path, contents, archives
-
-
-@pytest.fixture
-def mirror(tiny_mnist, monkeypatch):
-    """A function that puts a mirror on the network; `cut` of the bytes of each file is all it sends."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            body = tiny_mnist[2][self.path.strip("/").removesuffix(".gz")]
+            body = archives[self.path.strip("/").removesuffix(".gz")]
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body[: int(self.cut * len(body))])
+            self.wfile.write(body[: int(self.share * len(body))])
 
         do_HEAD = do_GET
         log_message = lambda *_: None
 
-    def start(cut=1.0):
-        Handler.cut = cut
+    def serve(share=1.0):
+        Handler.share = share
         monkeypatch.setattr(utils.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield start
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield raw, contents, serve
         server.shutdown()
 
 
@@ -165,19 +140,19 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bad_file_is_named_in_one_line_or_fetched_anew(tiny_mnist, mirror, monkeypatch, name, fault):
+def test_a_bad_file_is_named_in_one_line_or_fetched_anew(mnist, monkeypatch, name, fault):
     """Without a mirror, with one that breaks off half way, and with one that works."""
-    folder, contents, _ = tiny_mnist
-    path = folder / "MNIST" / "raw" / name
+    raw, contents, serve = mnist
+    path = raw / name
     content = FAULTS[fault](contents[name])
     path.unlink() if content is None else path.write_bytes(content)
     problem = "missing" if fault == "missing" else "damaged"
     advice = "connect to the network and run again, .* or set MNIST_ROOT$"
-    for prepare in (lambda: None, lambda: mirror(cut=0.5)):
-        prepare()
+    for share in (None, 0.5):
+        serve(share) if share else None
         with pytest.raises(RuntimeError, match=f"^{path} is {problem} and could not .*{advice}"):
             utils.load_data(standin=False)
-    mirror()
+    serve()
     patience, real = [], datasets.MNIST.download
     watched = lambda self: patience.append(utils.socket.getdefaulttimeout()) or real(self)
     monkeypatch.setattr(datasets.MNIST, "download", watched)
@@ -186,8 +161,8 @@ def test_a_bad_file_is_named_in_one_line_or_fetched_anew(tiny_mnist, mirror, mon
     assert patience[0] == 15 and utils.socket.getdefaulttimeout() is None  # a silent server's
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, mirror, monkeypatch):
-    mirror()
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, mnist, monkeypatch):
+    mnist[2]()
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("MNIST_ROOT", str(tmp_path / "file"))
     with pytest.raises(RuntimeError, match="file/MNIST/raw.*Not a directory.*set MNIST_ROOT") as error:
@@ -195,27 +170,24 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, mirror, monkeypatch)
     assert "\n" not in str(error.value)
 
 
-def test_good_files_need_no_network_and_only_they_are_read(tiny_mnist):
-    folder, contents, _ = tiny_mnist
-    (folder / "MNIST" / "processed").mkdir()  # of old versions, which no digest covers
+def test_good_files_need_no_network_and_only_they_are_read(mnist):
+    processed = mnist[0].parent / "processed"  # of old versions, which no digest covers
+    processed.mkdir()
     for name in ("training.pt", "test.pt"):
-        torch.save((torch.zeros(3, 28, 28), torch.zeros(3)), folder / "MNIST" / "processed" / name)
-    before = {p: p.stat().st_mtime_ns for p in (folder / "MNIST" / "raw").iterdir()}
+        torch.save((torch.zeros(3, 28, 28), torch.zeros(3)), processed / name)
+    before = {path: path.stat().st_mtime_ns for path in mnist[0].iterdir()}
     train_set, _ = utils.load_data()
     assert train_set.title == "MNIST" and len(train_set) == 50
-    assert before == {p: p.stat().st_mtime_ns for p in (folder / "MNIST" / "raw").iterdir()}
+    assert before == {path: path.stat().st_mtime_ns for path in mnist[0].iterdir()}
 
 
-@pytest.mark.parametrize("way", ["allowed", "argument", "environment"])
-def test_the_standin_is_loud_and_can_be_forbidden(monkeypatch, capsys, way):
+def test_the_standin_is_loud_and_can_be_forbidden(monkeypatch, capsys):
     monkeypatch.setattr(utils.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    if way == "allowed":
-        train_set, _ = utils.load_data()
-        text = capsys.readouterr().out
-        assert "THIS IS NOT MNIST" in text and "refused" in text and "MNIST_ROOT" in text
-        assert "not MNIST" in train_set.title
-        return
-    if way == "environment":
+    train_set, _ = utils.load_data()
+    text = capsys.readouterr().out
+    assert "THIS IS NOT MNIST" in text and "refused" in text and "MNIST_ROOT" in text
+    assert "not MNIST" in train_set.title
+    for argument in (False, True):
+        with pytest.raises(RuntimeError, match="train-images-idx3-ubyte is missing"):
+            utils.load_data(standin=argument)
         monkeypatch.setenv("S7_STANDIN", "0")
-    with pytest.raises(RuntimeError, match="train-images-idx3-ubyte is missing"):
-        utils.load_data(standin=way == "environment")

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -22,13 +21,10 @@ def executed(tmp_path_factory):
 
     REPO_URL is filled in, as a user of Colab would, with a repository made of the working tree.
     """
-    repository = tmp_path_factory.mktemp("repository")
-    for name in ("model.py", "utils.py"):
-        shutil.copy(ROOT / name, repository)
-    shutil.copytree(ROOT / "images", repository / "images")
+    repository, folder = (tmp_path_factory.mktemp(name) for name in ("repository", "empty"))
     commit = "git init -q && git add . && git -c user.name=test -c user.email=test@localhost commit -qm copy"
-    subprocess.run(commit, shell=True, cwd=repository, check=True)
-    folder = tmp_path_factory.mktemp("empty")
+    copy = f"cp -r model.py utils.py images {repository} && cd {repository} && {commit}"
+    subprocess.run(copy, shell=True, cwd=ROOT, check=True)
     text = (ROOT / "S7.ipynb").read_text()
     assert text.count(r"REPO_URL = \"\"") == 1
     (folder / "S7.ipynb").write_text(text.replace(r"REPO_URL = \"\"", rf"REPO_URL = \"{repository}\""))
@@ -57,9 +53,8 @@ def test_alone_in_an_empty_folder_it_runs_to_the_end(executed):
     assert len(bars) == 1 and re.search(r"Train: Loss=\S+ Batch_id=468 Accuracy=\S+: 100%", bars[0])
     assert "THIS IS NOT MNIST" in text and "on stand-in digits (not MNIST): 1 epochs" in text
     assert (folder / "checkpoints").is_dir()
-    assert sorted(p.name for p in (folder / "images").iterdir()) == sorted(
-        p.name for p in (ROOT / "images").iterdir()
-    )  # figures are drawn, but none is saved unasked
+    drawn, committed = ({path.name for path in (place / "images").iterdir()} for place in (folder, ROOT))
+    assert drawn == committed  # figures are drawn, but none is saved unasked
 
 
 def test_run_again_it_prints_the_same(executed, tmp_path):

@@ -10,11 +10,10 @@ import time
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import StepLR
 
 import accuracy
-from conftest import cut, ROOT
+from conftest import ROOT
 from model import create_model
 import utils
 
@@ -26,8 +25,6 @@ RECIPE = dict(  # all that a recipe can have
 )
 SETTINGS = dict(model="Model3", data="digits", epochs=6, batch_size=50, seed=1)
 PLATEAU = {k: v for k, v in RECIPE.items() if k != "StepLR"} | dict(ReduceLROnPlateau=dict(patience=0))
-CELLS = ["".join(cell["source"]) for cell in json.loads((ROOT / "S7.ipynb").read_text())["cells"]]
-LOOP = next(source for source in CELLS if "for epoch in run.epochs()" in source)
 
 # a server that has imported torch already forks a process in milliseconds, so that a kill falls
 # into training and not into importing
@@ -43,37 +40,35 @@ def train(path, dataset, recipe=RECIPE, **changes):
     return model, accuracy.train_model(model, recipe, dataset, dataset, settings, path)
 
 
-def stretched(real, announced, half=False):
-    """`real`, a function of saving, with a third of a second in which the process can be killed:
-    before it, or with `half` of the file written."""
+def deadly(real, half):
+    """`real`, a function of saving, that kills its process on the third call: with `half` of the file
+    written, or before it does anything."""
+    calls = []
 
-    def slow(value, path):
-        if half:
+    def save(value, path):
+        calls.append(path)
+        if len(calls) < 3 or half:
             real(value, path)
-            whole = Path(path).read_bytes()
-            Path(path).write_bytes(whole[: len(whole) // 2])
-        announced.touch()
-        time.sleep(0.3)
-        return Path(path).write_bytes(whole) if half else real(value, path)
+        if len(calls) == 3 and half:
+            os.truncate(path, os.path.getsize(path) // 2)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    return slow
+    return save
 
 
-def child(path, images, targets, recipe, slow=None):
-    """What a process that is to be killed does; `slow` stretches a moment of saving."""
-    if slow == "half written":
-        utils.torch.save = stretched(torch.save, path.with_suffix(".now"), half=True)
-    elif slow == "before the rename":
-        utils.os.replace = stretched(os.replace, path.with_suffix(".now"))
-    torch.set_num_threads(1)
+def child(path, dataset, recipe, dies):
+    """What a process that is to be killed does; `dies` in a moment of saving."""
+    if dies == "half written":
+        utils.torch.save = deadly(torch.save, half=True)
+    elif dies == "before the rename":
+        utils.os.replace = deadly(os.replace, half=False)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    dataset = utils.StandIn.__new__(utils.StandIn)
-    dataset.data, dataset.targets = images, targets
     train(path, dataset, recipe)
 
 
-def start(path, dataset, recipe, slow=None):
-    process = processes.Process(target=child, args=(path, dataset.data, dataset.targets, recipe, slow))
+def start(path, dataset, recipe=RECIPE, dies=None):
+    process = processes.Process(target=child, args=(path, dataset, recipe, dies))
     process.start()
     return process
 
@@ -91,23 +86,14 @@ def assert_same(one, two):
         assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory, digits):
+def whole_runs(tmp_path_factory, small):
     """The checkpoints of runs never interrupted, one in a process of its own for each recipe."""
-    dataset, states = cut(digits[0], 500), []
+    dataset, states = small(500), []
     for recipe in (RECIPE, PLATEAU):
         path = tmp_path_factory.mktemp("whole") / "run.pt"
         began = time.perf_counter()
-        process = start(path, dataset, recipe)
-        process.join()
+        start(path, dataset, recipe).join()
         states.append(utils.read_checkpoint(path))
         assert len(states[-1]["history"]["test_acc"]) == 6
     return dataset, states, time.perf_counter() - began
@@ -130,23 +116,20 @@ def test_killed_at_random_moments(whole_runs, tmp_path, recipe):
         assert_same(utils.read_checkpoint(path), states["StepLR" not in recipe])
 
 
-@pytest.mark.parametrize("slow", ["half written", "before the rename"])
-def test_killed_while_saving(whole_runs, tmp_path, slow):
+@pytest.mark.parametrize("moment", ["half written", "before the rename"])
+def test_killed_while_saving(whole_runs, tmp_path, moment):
     dataset, states, _ = whole_runs
     path = tmp_path / "run.pt"
-    for _ in range(3):
-        path.with_suffix(".now").unlink(missing_ok=True)
-        process = start(path, dataset, RECIPE, slow)
-        while not path.with_suffix(".now").exists():
-            time.sleep(0.01)
-        process.kill()
+    for epochs in (1, 3, 5):  # the first process saves the start as well
+        process = start(path, dataset, dies=moment)
         process.join()
-        assert path.with_suffix(".partial").exists()
-    start(path, dataset, RECIPE).join()
+        assert process.exitcode == -signal.SIGKILL and path.with_suffix(".partial").exists()
+        assert len(utils.read_checkpoint(path)["history"]["test_acc"]) == epochs
+    start(path, dataset).join()
     assert_same(utils.read_checkpoint(path), states[0])
 
 
-def test_a_fresh_process_gives_the_same_bits_as_this_one(whole_runs, tmp_path, one_thread):
+def test_a_fresh_process_gives_the_same_bits_as_this_one(whole_runs, tmp_path):
     dataset, states, _ = whole_runs
     train(tmp_path / "run.pt", dataset)
     assert_same(utils.read_checkpoint(tmp_path / "run.pt"), states[0])
@@ -156,36 +139,35 @@ def test_a_fresh_process_gives_the_same_bits_as_this_one(whole_runs, tmp_path, o
 
 @pytest.mark.parametrize("epoch, batch", [(1, 1), (3, 2)])
 def test_stopped_by_hand_in_the_same_kernel_it_goes_on_bit_for_bit(
-    whole_runs, tmp_path, one_thread, monkeypatch, epoch, batch
+    whole_runs, tmp_path, monkeypatch, epoch, batch
 ):
     """Ctrl-C in a batch, then the notebook's own cell run again with the same model."""
     dataset, states, _ = whole_runs
+    cells = ["".join(cell["source"]) for cell in json.loads((ROOT / "S7.ipynb").read_text())["cells"]]
+    make, loop = (next(c for c in cells if text in c) for text in ("torch.optim.SGD(", "in run.epochs()"))
     torch.manual_seed(1)
-    model = create_model("Model3")
-    optimizer = torch.optim.SGD(model.parameters(), **RECIPE["optimizer"])
-    names = dict(vars(utils), model=model, optimizer=optimizer, F=F, device="cpu")
-    names |= dict(scheduler=StepLR(optimizer, **RECIPE["StepLR"]))
-    names |= dict(CHECKPOINT=tmp_path / "run.pt", EPOCHS=6, RESUME=False, recipe=RECIPE)
-    names |= dict(settings=SETTINGS | RECIPE, ReduceLROnPlateau=ReduceLROnPlateau)
+    names = dict(vars(utils), model=create_model("Model3"), device="cpu", MODEL="Model3", EPOCHS=6)
+    names |= dict(RECIPES={"Model3": RECIPE}, settings=SETTINGS | RECIPE, RESUME=False)
+    names |= dict(CHECKPOINT=tmp_path / "run.pt", test_loader=utils.BatchLoader(dataset, 50, "cpu"))
     names |= dict(train_loader=utils.BatchLoader(dataset, 50, "cpu", shuffle=True))
-    names |= dict(test_loader=utils.BatchLoader(dataset, 50, "cpu"))
     batches, count = [], utils.GetCorrectPredCount
 
     def interrupt(*args):
-        batches.append(model.training)
+        batches.append(names["model"].training)
         if sum(batches) == (epoch - 1) * 10 + batch + 1 and not names["RESUME"]:
             signal.raise_signal(signal.SIGINT)
         return count(*args)
 
     monkeypatch.setattr(utils, "GetCorrectPredCount", interrupt)
+    exec(make, names)
     with pytest.raises(KeyboardInterrupt):
-        exec(LOOP, names)
+        exec(loop, names)
     history = names["run"].history
     assert {len(values) for values in vars(history).values()} == {epoch - 1}
     utils.plot_history(history, "stopped")  # and every later cell works
     assert ("no whole epoch" in utils.result(history, "stopped")) == (epoch == 1)
     names["RESUME"] = True
-    exec(LOOP, names)
+    exec(loop, names)
     assert_same(utils.read_checkpoint(tmp_path / "run.pt"), states[0])
 
 
