@@ -1,5 +1,6 @@
 """Shared set-up: tests see stand-in digits, and never the network or the caller's settings."""
 
+import copy
 import os
 from pathlib import Path
 import signal
@@ -10,6 +11,7 @@ import matplotlib
 matplotlib.use("agg")
 import pytest
 import torch
+from torchvision import transforms
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -21,19 +23,15 @@ torch.set_num_threads(1)  # the bits of a run depend on their number
 
 
 @pytest.fixture(scope="session")
-def digits():
-    """The stand-in train and test sets."""
-    return utils.StandIn(), utils.StandIn(train=False)
-
-
-@pytest.fixture(scope="session")
-def small(digits):
+def small():
     """A function that cuts the first images off a stand-in set: `small(200, train=True)`."""
+    whole = {train: utils.StandIn(train) for train in (True, False)}
+    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
 
     def cut(count, train=True):
-        whole, dataset = digits[0 if train else 1], utils.StandIn.__new__(utils.StandIn)
-        dataset.data, dataset.targets = whole.data[:count].clone(), whole.targets[:count].clone()
-        dataset.transform = dataset.target_transform = None
+        dataset = copy.copy(whole[train])
+        dataset.data, dataset.targets = dataset.data[:count].clone(), dataset.targets[:count].clone()
+        dataset.transform = normalise
         return dataset
 
     return cut

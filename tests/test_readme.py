@@ -18,9 +18,10 @@ def rows_of(name):
 
 def grouped(name, column):
     """Pairs of a value of the column and the rows that have it."""
-    rows = rows_of(name)
-    values = dict.fromkeys(row[column] for row in rows)
-    return [(value, [row for row in rows if row[column] == value]) for value in values]
+    groups = {}
+    for row in rows_of(name):
+        groups.setdefault(row[column], []).append(row)
+    return groups.items()
 
 
 def plain_table(name, columns):
