@@ -25,19 +25,20 @@ from tqdm import tqdm
 
 # ---- settings and recipes ----
 
-_SGD = dict(lr=0.01, momentum=0.9)
+_PUBLISHED = dict(batch_size=128, optimizer=dict(lr=0.01, momentum=0.9), augment=None, plain=0)
 _STEP = dict(step_size=6, gamma=0.1)
 _PLATEAU = dict(mode="min", factor=0.1, patience=10, threshold=1e-4, threshold_mode="abs")
 _AUGMENTED = dict(
+    batch_size=128,
     optimizer=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
     StepLR=dict(step_size=1, gamma=0.75),
     augment=dict(degrees=10, shift=0.06, scale=0.06),
     plain=5,
 )
 RECIPES = {  # `augment`: see `random_affine`; `plain`: how many epochs at the end go without it
-    "Model1": dict(optimizer=_SGD, StepLR=_STEP, augment=None, plain=0),
-    "Model2": dict(optimizer=_SGD, StepLR=_STEP, augment=None, plain=0),
-    "Model3": dict(optimizer=_SGD, ReduceLROnPlateau=_PLATEAU, augment=None, plain=0),
+    "Model1": dict(**_PUBLISHED, StepLR=_STEP),
+    "Model2": dict(**_PUBLISHED, StepLR=_STEP),
+    "Model3": dict(**_PUBLISHED, ReduceLROnPlateau=_PLATEAU),
     "Model4": _AUGMENTED,
     "Model5": _AUGMENTED,
 }
@@ -393,8 +394,7 @@ def summarise(model):
 def finish(figure, name, alt):
     """Show a figure, `alt` saying in words what is on it; save it as `name.png` where the environment
     names a folder as `S7_FIGURES`."""
-    folder = setting("FIGURES", "")
-    if folder:
+    if folder := setting("FIGURES", ""):
         figure.savefig(f"{folder}/{name}.png", dpi=110, facecolor="white")
     display(figure, metadata={"image/png": {"alt": alt}})
     plt.close(figure)

@@ -28,7 +28,7 @@ from model import create_model
 import utils
 
 CSV = ROOT / "benchmarks" / "accuracy.csv"
-NUMBERS = "learning_rate train_loss train_acc test_loss test_acc seconds".split()  # as in `History`
+NUMBERS = "train_loss train_acc test_loss test_acc learning_rate seconds".split()  # as in `History`
 EPOCHS, SEEDS = 15, (1, 2, 3, 4, 5)
 PUBLISHED = {"Model1": (88.88, 98.53), "Model2": (99.50, 99.11), "Model3": (99.50, 99.28)}
 
@@ -52,10 +52,10 @@ STEPS = {  # from Model1 to Model4, one change at a time
 
 def train_model(model, recipe, train_set, test_set, settings, path, device="cpu"):
     """Train as the notebook does; returns the `History`. A run cut off goes on from `path`, where its
-    settings, `epochs`, `batch_size` and `seed` among them, and its recipe are the same."""
+    settings, `epochs` and `seed` among them, and its recipe are the same."""
     utils.keep_freed_memory()
-    train_loader = utils.BatchLoader(train_set, settings["batch_size"], device, shuffle=True)
-    test_loader = utils.BatchLoader(test_set, settings["batch_size"], device)
+    train_loader = utils.BatchLoader(train_set, recipe["batch_size"], device, shuffle=True)
+    test_loader = utils.BatchLoader(test_set, recipe["batch_size"], device)
     optimizer = torch.optim.SGD(model.parameters(), **recipe["optimizer"])
     if "StepLR" in recipe:
         scheduler = StepLR(optimizer, **recipe["StepLR"])
@@ -84,12 +84,11 @@ def run(name, schedule, seed, data, device):
     """Train one model with one seed; returns its rows."""
     torch.manual_seed(seed)
     model = create_model(name).to(device)
-    settings = dict(model=name, data=data[0].title, epochs=EPOCHS, batch_size=128, seed=seed)
+    settings = dict(model=name, data=data[0].title, epochs=EPOCHS, seed=seed)
     path = checkpoint(f"accuracy-{name}-{schedule}-{seed}")
     history = train_model(model, RECIPES[name, schedule], *data, settings, path, device)
-    columns = (history.learning_rates, history.train_losses, history.train_acc, history.test_losses)
     rows = []
-    for epoch, numbers in enumerate(zip(*columns, history.test_acc, history.seconds), 1):
+    for epoch, numbers in enumerate(zip(*vars(history).values()), 1):
         row = dict(model=name, schedule=schedule, seed=seed, epoch=epoch)
         rows.append(row | dict(zip(NUMBERS, (round(number, 6) for number in numbers))) | where(device))
     return rows

@@ -55,8 +55,8 @@ def main():
     model = create_model(name).eval()
     model.load_state_dict(state["model"])
     _, test_set = utils.load_data(standin=False)
-    images, target = test_set.data[: IMAGES], test_set.targets[: IMAGES]
-    data = utils.BatchLoader(test_set, 500, "cpu").data[: IMAGES]
+    images, target = test_set.data[:IMAGES], test_set.targets[:IMAGES]
+    data = utils.BatchLoader(test_set, 500, "cpu").data[:IMAGES]
     with torch.no_grad():
         right = {"plain": utils.GetCorrectPredCount(model(data), target).item()}
     for kind, turn in tqdm(KINDS.items()):

@@ -3,8 +3,8 @@
     python benchmarks/search.py     train every configuration below that search.csv lacks
 
 Trains on 50,000 images of a fixed permutation of MNIST's training set and validates on the last
-10,000; the test images are not used. Each configuration is Model4, its recipe in batches of 128,
-with the changes it names: of the recipe, the batch size, or the widths `before` and `after`.
+10,000; the test images are not used. Each configuration is Model4 and its recipe with the changes it
+names: of the recipe, or of the widths `before` and `after`.
 """
 
 import json
@@ -17,7 +17,7 @@ from model import Model4
 import utils
 
 CSV = ROOT / "benchmarks" / "search.csv"
-BASE = dict(batch_size=128) | utils.RECIPES["Model4"]
+BASE = utils.RECIPES["Model4"]
 TRIED = [
     {},
     {"StepLR": {"step_size": 5, "gamma": 0.2}},
@@ -44,17 +44,16 @@ def run(changes, seed, parts, epochs=EPOCHS):
     widths = {name: recipe.pop(name) for name in ("before", "after") if name in recipe}
     torch.manual_seed(seed)
     model = Model4(**widths).to(memory_format=Model4.memory_format)
-    settings = dict(changes=json.dumps(changes), epochs=epochs, seed=seed, batch_size=recipe.pop("batch_size"))
+    settings = dict(changes=json.dumps(changes), epochs=epochs, seed=seed)
     name = "".join(c for c in f"search-{settings['changes']}-{seed}" if c.isalnum() or c in ".-")
     history = train_model(model, recipe, *parts, settings, checkpoint(name))
-    five = slice(-5, None)
     return dict(
         changes=settings["changes"],
         seed=seed,
         parameters=sum(p.numel() for p in model.parameters()),
-        mean_last_five=round(statistics.mean(history.test_acc[five]), 3),
-        worst_last_five=min(history.test_acc[five]),
-        loss_last_five=round(statistics.mean(history.test_losses[five]), 5),
+        mean_last_five=round(statistics.mean(history.test_acc[-5:]), 3),
+        worst_last_five=min(history.test_acc[-5:]),
+        loss_last_five=round(statistics.mean(history.test_losses[-5:]), 5),
         val_acc_by_epoch=" ".join(f"{a:.2f}" for a in history.test_acc),
         seconds=round(statistics.median(history.seconds), 1),
         **where("cpu"),

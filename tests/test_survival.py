@@ -17,12 +17,13 @@ from model import create_model
 import utils
 
 RECIPE = dict(  # all that a recipe can have
+    batch_size=50,
     optimizer=dict(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4),
     StepLR=dict(step_size=2, gamma=0.1),
     augment=dict(degrees=10, shift=0.05, scale=0.05),
     plain=2,
 )
-SETTINGS = dict(model="Model3", data="digits", epochs=6, batch_size=50, seed=1)
+SETTINGS = dict(model="Model3", data="digits", epochs=6, seed=1)
 PLATEAU = {k: v for k, v in RECIPE.items() if k != "StepLR"} | dict(ReduceLROnPlateau=dict(patience=0))
 
 # a server that has imported torch already forks a process in milliseconds, so that a kill falls
@@ -208,7 +209,7 @@ def test_a_finished_run_is_not_trained_again_and_a_fresh_one_keeps_the_old_file(
     "change, message",
     [
         (dict(model="Model1", data="MNIST"), "model was Model3, is Model1; data was digits, is MNIST"),
-        (dict(epochs=4, batch_size=9), "epochs was 2, is 4; batch_size was 50, is 9"),
+        (dict(epochs=4, recipe=RECIPE | dict(batch_size=9)), "epochs was 2, is 4; batch_size was 50, is 9"),
         (dict(seed=2, recipe=RECIPE | dict(augment=None)), "seed was 1, is 2; augment was {.*}, is None"),
         (
             dict(recipe=RECIPE | dict(optimizer={"lr": 1}, plain=1)),
