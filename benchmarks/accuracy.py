@@ -189,14 +189,11 @@ def layers(name):
 def steps_table(runs):
     """What each step to Model4 is worth, over the first three seeds."""
     rows, before = [], None
-    for key in STEPS:
-        means = [last_five(run) for run in runs.get(key, [])[:3]]
-        if not means:  # the next step's change would be that of several
-            before = None
-            continue
+    for key, step in STEPS.items():
+        means = [last_five(run) for run in runs[key][:3]]
         change = "" if before is None else f"{statistics.mean(means) - before:+.2f}"
         worst = min(min(run["test_acc"][-5:]) for run in runs[key][:3])
-        rows.append([STEPS[key], spread(means), f"{worst:.2f}", change])
+        rows.append([step, spread(means), f"{worst:.2f}", change])
         before = statistics.mean(means)
     return markdown(["step", "mean of last five", "worst of last five", "change"], rows)
 

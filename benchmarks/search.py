@@ -24,6 +24,9 @@ TRIED = [
     {"StepLR": {"step_size": 1, "gamma": 0.8}},
     {"plain": 0},
     {"StepLR": {"step_size": 1, "gamma": 0.7}},
+    {"batch_size": 64, "optimizer": {**BASE["optimizer"], "lr": 0.07}},
+    {"augment": {"degrees": 15, "shift": 0.08, "scale": 0.1}},
+    {"augment": {"degrees": 7, "shift": 0.04, "scale": 0.04}},
 ]
 
 
