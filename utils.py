@@ -1,496 +1,1016 @@
-"""Everything around the networks, in the notebook's order: settings, data, training, pictures."""
+"""Everything except the networks, in the notebook's order.
 
+Sections: recipes and settings, data, training, runs, plots and reports, own digit. Errors about bad
+input are one line that says what is wrong and what to do.
+"""
+
+import contextlib
 import ctypes
-from dataclasses import dataclass, field
-from http.client import HTTPException
 import io
+import itertools
 import math
 import os
-from pathlib import Path
 import socket
 import sys
 import time
+import uuid
+import zipfile
+from dataclasses import dataclass, field, fields, replace
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
 
-from IPython import get_ipython
-from IPython.display import display
 import matplotlib.pyplot as plt
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 import torch
 import torch.nn.functional as F
 import torchinfo
+from IPython import get_ipython
+from IPython.core.pylabtools import select_figure_formats
+from IPython.display import display
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-# ---- settings and recipes ----
+# ---- recipes and settings ----
 
-_PUBLISHED = dict(batch_size=128, optimizer=dict(lr=0.01, momentum=0.9), augment=None, plain=0)
-_STEP = dict(step_size=6, gamma=0.1)
-_PLATEAU = dict(mode="min", factor=0.1, patience=10, threshold=1e-4, threshold_mode="abs")
-_AUGMENTED = dict(
-    batch_size=128,
-    optimizer=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
-    StepLR=dict(step_size=1, gamma=0.75),
-    augment=dict(degrees=10, shift=0.06, scale=0.06),
-    plain=5,
+
+def plain_value(value):
+    """Return a setting as text, a number, None, or a dictionary of them.
+
+    A class becomes its name, and a number of numpy or torch becomes a number of Python: a checkpoint
+    is loaded without running code, so it can contain nothing else. Raise ValueError otherwise.
+    """
+    if isinstance(value, dict):
+        return {key: plain_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(item) for item in value]
+    if isinstance(value, type):
+        return value.__name__
+    if value is None or type(value) in (str, bool, int, float):
+        return value
+    if hasattr(value, "item"):
+        try:
+            return value.item()
+        except (RuntimeError, ValueError):
+            pass  # more than one element
+    raise ValueError(f"a setting is of type {type(value).__name__}: use text, a number or a dictionary")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyperparameters of a model's training.
+
+    Numbers of numpy or torch are converted to Python's (see `plain_value`).
+    """
+
+    sgd: dict  # arguments of torch.optim.SGD
+    scheduler: type  # a class of torch.optim.lr_scheduler
+    scheduler_args: dict  # its arguments
+    batch_size: int = 128
+    augmentation: dict | None = None  # arguments of random_affine
+    clean_epochs: int = 0  # number of final epochs without augmentation
+
+    def __post_init__(self):
+        for item in fields(self):
+            if item.name != "scheduler":
+                number = plain_value(getattr(self, item.name))
+                object.__setattr__(self, item.name, number)  # the class is frozen
+
+    def augmentation_for(self, epoch, epochs):
+        """Return the augmentation of epoch number `epoch`, from 1 to `epochs`, or None."""
+        if epoch > epochs - self.clean_epochs:
+            return None
+        return self.augmentation
+
+
+PUBLISHED_SGD = dict(lr=0.01, momentum=0.9)
+PUBLISHED_STEP = Recipe(PUBLISHED_SGD, StepLR, dict(step_size=6, gamma=0.1))
+PUBLISHED_PLATEAU = Recipe(
+    PUBLISHED_SGD,
+    ReduceLROnPlateau,
+    dict(mode="min", factor=0.1, patience=10, threshold=1e-4, threshold_mode="abs"),
 )
-RECIPES = {  # `augment`: see `random_affine`; `plain`: how many epochs at the end go without it
-    "Model1": dict(**_PUBLISHED, StepLR=_STEP),
-    "Model2": dict(**_PUBLISHED, StepLR=_STEP),
-    "Model3": dict(**_PUBLISHED, ReduceLROnPlateau=_PLATEAU),
-    "Model4": _AUGMENTED,
-    "Model5": _AUGMENTED,
+AUGMENTED = Recipe(
+    sgd=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    scheduler=StepLR,
+    scheduler_args=dict(step_size=1, gamma=0.75),
+    augmentation=dict(degrees=10, shift=0.06, scale=0.06),
+    clean_epochs=5,
+)
+RECIPES = {
+    "Model1": PUBLISHED_STEP,
+    "Model2": PUBLISHED_STEP,
+    "Model3": PUBLISHED_PLATEAU,
+    "Model4": AUGMENTED,
+    "Model5": AUGMENTED,
 }
 
 
-def setting(name, default, choices=None):
-    """A setting of the notebook: `S7_<name>` in the environment, else `default`.
+def get_recipe(model, batch_size=None):
+    """Return the recipe of a model, by name, with another batch size if `batch_size` is given.
 
-    Has the type of `default`: str, bool (written 0 or 1), or int from 1 up. ValueError, in one line,
-    for any other value or one that is not among `choices`.
+    Raise ValueError, listing the valid names, if the name is unknown.
+    """
+    if model not in RECIPES:
+        raise ValueError(f"no recipe for model {model!r}: choose one of {', '.join(RECIPES)}")
+    recipe = RECIPES[model]
+    if batch_size is not None:
+        recipe = replace(recipe, batch_size=batch_size)
+    return recipe
+
+
+def planned_learning_rates(recipe, epochs):
+    """Return the learning rate of each epoch, as a list.
+
+    `ReduceLROnPlateau` decides during training: its rates are those of a test loss that always improves.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], **recipe.sgd)
+    scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
+    rates = []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+    return rates
+
+
+def setting_from_env(name, default, choices=None):
+    """Return a setting: the environment variable `S7_<name>` if it is set, otherwise `default`.
+
+    The value has the type of `default`: str, bool (written 0, 1, True or False) or a positive int.
+    If `default` is None, the value is None or a positive int. Raise ValueError for any other value,
+    or one that is not among `choices`.
     """
     value = os.environ.get(f"S7_{name}", default)
+    if value is None:
+        return None
     if isinstance(default, bool):
-        choices = ("0", "1", False, True)
-    elif isinstance(default, int) and not (str(value).isdecimal() and int(value) > 0):
-        raise ValueError(f"{name} is {value!r}: give a whole number from 1 up, here or as S7_{name}")
-    if choices and value not in choices:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(str, choices))}")
-    return bool(int(value)) if isinstance(default, bool) else type(default)(value)
+        return parse_bool(name, value)
+    if default is None or isinstance(default, int):
+        return parse_positive_int(name, value)
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+    return value
+
+
+def parse_bool(name, value):
+    """Return a bool given as a bool, 0, 1, True or False; raise ValueError for anything else."""
+    text = str(value).lower()
+    if text not in ("0", "1", "false", "true"):
+        raise ValueError(f"{name} is {value!r}: choose one of 0, 1, True, False")
+    return text in ("1", "true")
+
+
+def parse_positive_int(name, value):
+    """Return a positive integer given as a number or as text; raise ValueError for anything else."""
+    text = str(value)
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"{name} is {value!r}: it must be a positive integer, here or in S7_{name}")
+    return int(text)
 
 
 # ---- data ----
 
-MEAN, STD = 0.1307, 0.3081  # of the 60,000 training images, as pixels from 0 to 1
-MNIST_MD5 = {  # of the four original files, unpacked
+DIGITS = 10
+SIDE = 28  # pixels
+MEAN = 0.1307  # of the 60,000 training images, with pixels scaled to [0, 1]
+STD = 0.3081
+BLACK = -MEAN / STD  # a black pixel after normalization
+MNIST_MD5 = {  # of the four uncompressed original files
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+MIRROR_TIMEOUT = 15  # seconds
 
 
-class MNIST(datasets.MNIST):
-    """torchvision's MNIST, with its four files checked against their digests before one is read.
+@dataclass(frozen=True)
+class DigitSet:
+    """A data set in memory: uint8 images `(N, 28, 28)` and int64 labels `(N,)`.
 
-    Where one is missing or damaged they are downloaded; a mirror that is silent for 15 seconds is
-    given up. RuntimeError, in one line, names the file and what to do.
+    An index (a slice or an index tensor) gives a smaller set of the same name.
     """
 
-    title = "MNIST"
+    name: str
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return DigitSet(self.name, self.images[index], self.labels[index])
+
+
+class MNIST(datasets.MNIST):  # torchvision names its folder after the class
+    """torchvision's MNIST, with the MD5 of all four files verified before any of them is read.
+
+    Missing or corrupted files are downloaded, with a timeout of 15 seconds per mirror. Raise
+    RuntimeError, naming the file and the remedy, if that fails or a file cannot be read.
+    """
 
     def __init__(self, root, train=True):
-        super().__init__(root, train, download=True)
+        try:
+            super().__init__(root, train, download=True)
+        except OSError as error:
+            raise RuntimeError(
+                f"{error.filename or root} cannot be read ({error.strerror}): fix its permissions,"
+                " or set MNIST_ROOT to another folder"
+            ) from None
 
     def _check_legacy_exist(self):
-        return False  # a `processed` folder of old versions holds files that no digest covers
+        return False  # never read the `processed` folder of old torchvision versions: it has no MD5
 
     def _check_exists(self):
-        paths = {Path(self.raw_folder) / name: md5 for name, md5 in MNIST_MD5.items()}
-        self.bad = [path for path, md5 in paths.items() if not check_integrity(path, md5)]
-        return not self.bad
+        return self.first_bad_file() is None
+
+    def first_bad_file(self):
+        """Return the path of the first file that is missing or corrupted, or None."""
+        for name, md5 in MNIST_MD5.items():
+            path = Path(self.raw_folder) / name
+            if not check_integrity(path, md5):
+                return path
+        return None
 
     def download(self):
-        patience = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(15)
+        if self._check_exists():
+            return
+        print(f"Downloading MNIST (11 MB) to {self.raw_folder}")
+        previous_timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(MIRROR_TIMEOUT)
+        torchvision_output = io.StringIO()  # its progress bars would differ from run to run
         try:
-            super().download()
+            with (
+                contextlib.redirect_stdout(torchvision_output),
+                contextlib.redirect_stderr(torchvision_output),
+            ):
+                super().download()
         except (OSError, RuntimeError, HTTPException) as error:
-            problem = "is damaged" if self.bad[0].exists() else "is missing"
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RuntimeError(
-                f"{self.bad[0]} {problem} and could not be downloaded ({reason}): connect to the"
-                " network and run again, or put the original file there, or set MNIST_ROOT"
-            ) from None
+            raise RuntimeError(self.download_failure(error)) from None
         finally:
-            socket.setdefaulttimeout(patience)
+            socket.setdefaulttimeout(previous_timeout)
+
+    def download_failure(self, error):
+        """Return one line that names the file that could not be downloaded, the reason and the remedy."""
+        path = self.first_bad_file()
+        problem = "is missing"
+        if path.exists():
+            problem = "is corrupted"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return (
+            f"{path} {problem} and could not be downloaded ({reason}): check the network connection and"
+            " rerun, place the original file there, or set MNIST_ROOT"
+        )
 
 
-class StandIn(datasets.MNIST):
-    """Digits drawn in Pillow's font, in MNIST's sizes, for want of MNIST: each turned, shifted and
-    scaled at random, and the same in every run."""
+def draw_standin(train):
+    """Return synthetic digits in MNIST's format: 6,000 training or 1,000 test images.
 
-    title = "stand-in digits (not MNIST)"
-
-    def __init__(self, train=True):
-        font, glyphs = ImageFont.load_default(24), []
-        for digit in range(10):
-            image = Image.new("L", (28, 28))
-            ImageDraw.Draw(image).text((14, 14), str(digit), fill=255, font=font, anchor="mm")
-            glyphs.append((pil_to_tensor(image) / 255 - MEAN) / STD)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(train))
-            self.targets = torch.randint(10, (60_000 if train else 10_000,))
-            parts = torch.stack(glyphs)[self.targets].split(1000)
-            data = torch.cat([random_affine(part, degrees=20, shift=0.1, scale=0.2) for part in parts])
-        self.data = ((data * STD + MEAN) * 255).round().byte().squeeze(1)
-        self.transform = self.target_transform = None
+    They are glyphs of Pillow's default font, randomly rotated, shifted and scaled, and identical in
+    every run. They are used if MNIST is not available, and in the tests.
+    """
+    font = ImageFont.load_default(24)
+    glyphs = []
+    for digit in range(DIGITS):
+        image = Image.new("L", (SIDE, SIDE))
+        ImageDraw.Draw(image).text((14, 14), str(digit), fill=255, font=font, anchor="mm")
+        glyphs.append(pil_to_tensor(image))
+    count = 1000
+    if train:
+        count = 6000
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(train))
+        labels = torch.randint(DIGITS, (count,))
+        data = normalize(torch.cat(glyphs)[labels])
+        data = random_affine(data, degrees=20, shift=0.1, scale=0.2)
+    images = ((data * STD + MEAN) * 255).round().byte().squeeze(1)
+    return DigitSet("stand-in digits (not MNIST)", images, labels)
 
 
 def load_data(standin=True):
-    """The train and the test set: MNIST, or loudly the stand-in where MNIST cannot be had.
+    """Return the training and the test set: MNIST or, with a prominent warning, the stand-in.
 
-    MNIST lies in the environment's `MNIST_ROOT`, by default `./data`. With `standin` false, or
-    `S7_STANDIN=0`, the failure is a RuntimeError of one line; `S7_STANDIN=1` does not try for MNIST.
+    MNIST is read from the folder `MNIST_ROOT` (default `./data`). With `standin=False` or
+    `S7_STANDIN=0`, raise RuntimeError if MNIST is not available; with `S7_STANDIN=1`, use the stand-in
+    without trying MNIST.
     """
-    root, wanted = os.environ.get("MNIST_ROOT", "./data"), os.environ.get("S7_STANDIN")
+    root = Path(os.environ.get("MNIST_ROOT", "./data")).expanduser()
+    wanted = setting_from_env("STANDIN", "", choices=("", "0", "1"))
     try:
         if standin and wanted == "1":
-            raise RuntimeError("S7_STANDIN=1 asks for the stand-in")
-        return MNIST(root, train=True), MNIST(root, train=False)
+            raise RuntimeError("the stand-in was requested with S7_STANDIN=1")
+        train_set = MNIST(root, train=True)
+        test_set = MNIST(root, train=False)
     except RuntimeError as error:
         if not standin or wanted == "0":
             raise
         print(f"*** THIS IS NOT MNIST: {error}.")
-    print(
-        "*** Stand-in digits are used instead, so no result below speaks of MNIST. For the real data,"
-        " run again with a network, or set MNIST_ROOT to the folder that holds MNIST/raw."
+        print(
+            "*** Using stand-in digits: the results below are not MNIST results. To use MNIST, rerun with"
+            " network access, or set MNIST_ROOT to the folder that contains MNIST/raw."
+        )
+        return draw_standin(train=True), draw_standin(train=False)
+    return (
+        DigitSet("MNIST", train_set.data, train_set.targets),
+        DigitSet("MNIST", test_set.data, test_set.targets),
     )
-    return StandIn(train=True), StandIn(train=False)
+
+
+def normalize(images):
+    """Return uint8 images `(N, H, W)` as float32 `(N, 1, H, W)` with MNIST's mean and deviation.
+
+    The values are those of torchvision's `ToTensor` and `Normalize((0.1307,), (0.3081,))`.
+    """
+    return images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
 
 
 class BatchLoader:
-    """Batches cut from a data set that is held on `device` as one normalised tensor.
+    """An iterable over the batches of a `DigitSet`, which is kept on `device` as one normalized tensor.
 
-    Yields `(data, target)`, float32 `(B, 1, 28, 28)` as torchvision's `ToTensor` and `Normalize` give
-    it and int64 `(B,)`; the last batch may be short. `shuffle` draws a new order for every pass;
-    `augment`, which may be changed between passes, holds the arguments of `random_affine`. ValueError
-    for a batch size below 1, for no images, and for a target that is no digit.
+    Yields `(data, target)`: float32 `(B, 1, 28, 28)` and int64 `(B,)`; the last batch may be smaller.
+    `shuffle` draws a new order for every epoch. `augmentation`, the arguments of `random_affine` or
+    None, may be changed between epochs. Raise ValueError for a batch size below 1, an empty data set,
+    or a label that is not a digit.
     """
 
-    def __init__(self, dataset, batch_size, device, shuffle=False, augment=None):
-        if batch_size < 1 or len(dataset.targets) == 0:
-            raise ValueError(f"{len(dataset.targets)} images in batches of {batch_size}: give at least 1")
-        low, high = dataset.targets.min().item(), dataset.targets.max().item()
-        if low < 0 or high > 9:
-            raise ValueError(f"targets run from {low} to {high}: digits are 0 to 9")
-        self.dataset, self.batch_size = dataset, batch_size
-        self.shuffle, self.augment = shuffle, augment
-        self.data = dataset.data.to(device).unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
-        self.target = dataset.targets.to(device)
+    def __init__(self, dataset, batch_size, device, shuffle=False, augmentation=None):
+        if batch_size < 1 or len(dataset) == 0:
+            raise ValueError(f"{len(dataset)} images in batches of {batch_size}: both must be at least 1")
+        low = dataset.labels.min().item()
+        high = dataset.labels.max().item()
+        if low < 0 or high >= DIGITS:
+            raise ValueError(f"labels range from {low} to {high}, but must be 0 to 9: check the data set")
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.augmentation = augmentation
+        self.data = normalize(dataset.images.to(device))
+        self.target = dataset.labels.to(device)
 
     def __len__(self):
         return math.ceil(len(self.target) / self.batch_size)
 
     def __iter__(self):
-        count = len(self.target)
-        order = torch.randperm(count) if self.shuffle else torch.arange(count)
+        if self.shuffle:
+            order = torch.randperm(len(self.target))
+        else:
+            order = torch.arange(len(self.target))
         for index in order.to(self.data.device).split(self.batch_size):
             data = self.data[index]
-            yield random_affine(data, **self.augment) if self.augment else data, self.target[index]
+            if self.augmentation is not None:
+                data = random_affine(data, **self.augmentation)
+            yield data, self.target[index]
 
 
 def random_affine(data, degrees, shift, scale):
-    """Turn, shift and scale each image of a normalised batch `(B, 1, H, W)` by amounts of its own.
+    """Rotate, shift and scale each image of a normalized batch `(B, 1, H, W)` at random.
 
-    At most ± `degrees` about the centre, ± `shift` of the side in both directions, and to a size of
-    1 ± `scale`; bilinear, black outside. The same map as torchvision's `functional.affine`.
+    The amounts are uniform: rotation within ± `degrees`, shift within ± `shift` of the side length
+    in each direction, size within 1 ± `scale`.
     """
-    draw = torch.rand(4, len(data), device=data.device) * 2 - 1
-    angle, size = (draw[0] * degrees).deg2rad(), 1 + draw[3] * scale
-    cos, sin = angle.cos() / size, angle.sin() / size
-    turn = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
-    theta = torch.cat([turn, -2 * turn @ (draw[1:3].T * shift).unsqueeze(2)], 2)
-    grid = F.affine_grid(theta, data.shape, align_corners=False)
-    black = -MEAN / STD
-    return F.grid_sample(data - black, grid, align_corners=False) + black
+    amounts = torch.rand(4, len(data), device=data.device) * 2 - 1
+    return affine(data, amounts[0] * degrees, amounts[1:3].T * shift, 1 + amounts[3] * scale)
+
+
+def affine(data, angle, shift, size):
+    """Rotate, shift and scale each image of a normalized batch `(B, 1, H, W)` by the given amounts.
+
+    `angle` `(B,)` is in degrees, clockwise; `shift` `(B, 2)` is right and down, in parts of the side
+    length; `size` `(B,)` is the factor of enlargement. Bilinear, filled with black; the same map as
+    torchvision's `functional.affine`.
+    """
+    angle = angle.deg2rad()
+    cos = angle.cos() / size
+    sin = angle.sin() / size
+    rotation = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
+    translation = -2 * rotation @ shift.unsqueeze(2)  # grid coordinates run from -1 to 1
+    grid = F.affine_grid(torch.cat([rotation, translation], 2), data.shape, align_corners=False)
+    return F.grid_sample(data - BLACK, grid, align_corners=False) + BLACK
 
 
 # ---- training ----
 
 
 def keep_freed_memory():
-    """Have glibc keep the memory of a step's activations, for the next step, instead of returning it
-    to the system: a setting of the whole process, on Linux only. What it is worth is a row of
-    `benchmarks/epoch_time.csv`."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    """Tell glibc to keep freed memory for reuse instead of returning it to the system after every step.
+
+    Affects the whole process; Linux only. See `benchmarks/epoch_time.csv` for the effect.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # a C library other than glibc
+        return
+    M_MMAP_THRESHOLD = -3  # constants of glibc's malloc.h
+    M_TRIM_THRESHOLD = -1
+    mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def GetCorrectPredCount(pred, target):
-    """How many rows of `pred` `(B, 10)` are largest at `target` `(B,)`, as a tensor: nothing waits."""
+    """Return the number of correct predictions of `pred` `(B, 10)` for `target` `(B,)`.
+
+    The number is a tensor, so that the device is not synchronized.
+    """
     return pred.argmax(dim=1).eq(target).sum()
 
 
-class NotebookLine(io.TextIOBase):
-    """A file for tqdm that shows what it is given as one notebook output, replaced each time.
-    Printed, every refresh would stay in the saved notebook and its HTML page as a line."""
+class ProgressLine(io.TextIOBase):
+    """A file for tqdm that shows its text as one notebook output, updated in place.
 
-    encoding = "utf-8"  # lets tqdm draw its bar in blocks
+    With plain printing, every refresh would remain in the saved notebook as a line of its own.
+    """
+
+    encoding = "utf-8"  # makes tqdm use block characters
     handle = None
 
     def write(self, text):
-        output = {"text/plain": text.strip()}
-        if text.strip() and self.handle:
-            self.handle.update(output, raw=True)
-        elif text.strip():
+        text = text.strip()
+        if not text:
+            return
+        output = {"text/plain": text}
+        if self.handle is None:
             self.handle = display(output, raw=True, display_id=True)
+        else:
+            self.handle.update(output, raw=True)
+
+
+def progress_file():
+    """Return the file that tqdm writes to: a `ProgressLine` in a notebook, stdout elsewhere."""
+    if hasattr(get_ipython(), "kernel"):
+        return ProgressLine()
+    return sys.stdout
+
+
+def train_batch(model, data, target, optimizer, criterion):
+    """Take one optimizer step on a batch; return the output before the step, and the loss."""
+    optimizer.zero_grad()
+    output = model(data)
+    loss = criterion(output, target)
+    loss.backward()
+    optimizer.step()
+    return output.detach(), loss.detach()
 
 
 def train(model, device, train_loader, optimizer, criterion):
-    """Train for one epoch; returns its mean loss per sample and its accuracy in per cent.
+    """Train for one epoch; return the mean loss per sample and the accuracy in percent.
 
-    The accuracy is that of the predictions made on the way, in training mode. The progress bar
-    reads the device on every batch on a CPU, on every 50th elsewhere, where reading means waiting.
-    Raises FloatingPointError, naming the batch, when a loss is not finite.
+    Both are measured on the fly, in training mode. The progress bar reads them after every batch on a
+    CPU and after every 50th elsewhere, because reading waits for the device. Raise FloatingPointError,
+    naming the batch, if a loss is not finite.
     """
     model.train()
-    every = 1 if torch.device(device).type == "cpu" else 50
-    losses = torch.zeros(len(train_loader), device=device)
-    correct, sizes = torch.zeros((), dtype=torch.long, device=device), []
-    file = NotebookLine() if hasattr(get_ipython(), "kernel") else sys.stdout
-    with tqdm(train_loader, file=file) as bar:
+    read_every = 50
+    if torch.device(device).type == "cpu":
+        read_every = 1
+    batches = len(train_loader)
+    losses = torch.zeros(batches, device=device)
+    correct = torch.zeros((), dtype=torch.long, device=device)
+    sizes = []
+    with tqdm(train_loader, file=progress_file()) as bar:
         for batch_id, (data, target) in enumerate(bar):
-            data, target = data.to(device), target.to(device)
-            optimizer.zero_grad()
-            output = model(data)
-            loss = criterion(output, target)
-            loss.backward()
-            optimizer.step()
-            losses[batch_id] = loss.detach()
-            correct += GetCorrectPredCount(output.detach(), target)
+            data = data.to(device)
+            target = target.to(device)
+            output, losses[batch_id] = train_batch(model, data, target, optimizer, criterion)
+            correct += GetCorrectPredCount(output, target)
             sizes.append(len(data))
-            if batch_id % every == 0 or batch_id == len(losses) - 1:
-                bad = (~losses.isfinite()).nonzero()
-                if len(bad):
-                    raise FloatingPointError(f"batch {bad[0].item()}: the loss is {losses[bad[0]].item()}")
+            if batch_id % read_every == 0 or batch_id == batches - 1:
+                check_finite(losses)
+                loss = losses[batch_id].item()
                 accuracy = 100 * correct.item() / sum(sizes)
-                text = f"Train: Loss={losses[batch_id]:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
+                text = f"Train: Loss={loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
                 bar.set_description(text, refresh=False)
     weights = torch.tensor(sizes, device=device) / sum(sizes)
     return (losses @ weights).item(), accuracy
 
 
+def check_finite(losses):
+    """Raise FloatingPointError, naming the batch, if one of the `losses` `(batches,)` is not finite."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad) > 0:
+        batch_id = bad[0].item()
+        raise FloatingPointError(
+            f"batch {batch_id}: the loss is {losses[batch_id].item()}: lower the learning rate"
+        )
+
+
 @torch.no_grad()
 def test(model, device, test_loader, criterion):
-    """Test a model; prints and returns its mean loss per sample and its accuracy in per cent.
+    """Evaluate a model; print and return the mean loss per sample and the accuracy in percent.
 
-    Raises FloatingPointError when the loss is not finite.
+    Raise FloatingPointError if the loss is not finite.
     """
     model.eval()
-    loss = correct = count = 0
+    loss = 0
+    correct = 0
+    count = 0
     for data, target in test_loader:
-        output, target = model(data.to(device)), target.to(device)
+        data = data.to(device)
+        target = target.to(device)
+        output = model(data)
         loss += criterion(output, target, reduction="sum")
         correct += GetCorrectPredCount(output, target)
         count += len(target)
-    loss, correct = loss.item() / count, correct.item()
+    loss = loss.item() / count
+    correct = correct.item()
     if not math.isfinite(loss):
-        raise FloatingPointError(f"testing: the loss is {loss}")
+        raise FloatingPointError(f"the test loss is {loss}: lower the learning rate")
     accuracy = 100 * correct / count
     print(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{count} ({accuracy:.2f}%)")
     return loss, accuracy
 
 
+# ---- runs ----
+
+
 @dataclass
 class History:
-    """One number for each whole epoch: losses as means per sample, accuracies in per cent, the rates
-    that the epochs began with, and their wall times, which do not count when two are compared."""
+    """One value per completed epoch."""
 
-    train_losses: list = field(default_factory=list)
-    train_acc: list = field(default_factory=list)
+    train_losses: list = field(default_factory=list)  # means per sample
+    train_acc: list = field(default_factory=list)  # percent
     test_losses: list = field(default_factory=list)
     test_acc: list = field(default_factory=list)
-    learning_rates: list = field(default_factory=list)
-    seconds: list = field(default_factory=list, compare=False)
+    learning_rates: list = field(default_factory=list)  # at the start of the epoch
+    seconds: list = field(default_factory=list, compare=False)  # wall-clock time
+
+    @property
+    def epochs(self):
+        """The number of completed epochs."""
+        return len(self.test_acc)
+
+
+def run_settings(model, data, epochs, seed, recipe):
+    """Return the settings that identify a run, as a dictionary of plain values.
+
+    `model` and `data` are names. Two runs with equal settings have equal results on one machine.
+    """
+    settings = dict(model=model, data=data, epochs=epochs, seed=seed)
+    for item in fields(recipe):
+        settings[item.name] = getattr(recipe, item.name)
+    return plain_value(settings)
 
 
 class Run:
-    """A run's history, and its checkpoint, from which a run that was cut off goes on.
+    """A training run: its history, and the checkpoint from which it can be resumed.
 
-    `settings` are plain values, `epochs` and `seed` among them. The file at `path` always holds the
-    end of a whole epoch: weights, optimizer, scheduler, history and settings. With `resume` they are
-    read back from it; without, a file that is there is kept as `*.previous`. ValueError, in one line,
-    for a file that is damaged, is no run's, or has other settings, which it names.
+    `settings` is a dictionary of plain values that includes `model`, `data`, `epochs` and `seed`
+    (`run_settings` makes it). The checkpoint at `path` always contains the state after a completed
+    epoch: weights, optimizer, scheduler, settings and history.
+
+    With `resume=True` the state is restored from the checkpoint; if there is none, the run starts from
+    scratch and says so. With `resume=False` the checkpoint of an earlier run is kept, renamed to
+    `*.previous-1.pt`, `*.previous-2.pt` and so on.
+
+    Raise ValueError if the settings, optimizer or scheduler cannot belong to this run, if the file is
+    not a checkpoint, or if it was created with different settings (which the message lists). Raise
+    OSError if the file cannot be read or written.
     """
 
     def __init__(self, path, settings, model, optimizer, scheduler, resume=False):
-        self.path, self.settings, self.history = Path(path), settings, History()
-        self.parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
+        self.path = Path(path).expanduser()
+        self.settings = plain_value(settings)
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.history = History()
+        self._check_parts()
+        keep_freed_memory()
         if resume and self.path.exists():
-            return self._load()
-        if self.path.exists():
-            os.replace(self.path, self.path.with_suffix(".previous"))
+            self._load()
+            return
+        self._check_new()
+        if resume:
+            print(f"No checkpoint at {self.path}: training starts from scratch")
+        self._keep_previous()
         self._save()
+
+    @property
+    def title(self):
+        """What was trained on what, for example "Model4 on MNIST"."""
+        return f"{self.settings['model']} on {self.settings['data']}"
 
     def epochs(self):
-        """Yield the epochs to come, each with a seed of its own, so that a resumed run draws the same."""
-        for epoch in range(len(self.history.test_acc) + 1, self.settings["epochs"] + 1):
+        """Yield the remaining epochs, from 1 to `settings["epochs"]`.
+
+        Each epoch has its own random seed, so that a resumed run draws the same random numbers.
+        """
+        for epoch in range(self.history.epochs + 1, self.settings["epochs"] + 1):
             print(f"EPOCH: {epoch}")
             torch.manual_seed(1000 * self.settings["seed"] + epoch)
-            self.rate = self.parts["optimizer"].param_groups[0]["lr"]
-            self.began = time.perf_counter()
+            self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
+            self.start_time = time.perf_counter()
             yield epoch
 
-    def record(self, trained, tested):
-        """Enter an epoch's `(loss, accuracy)` of `train` and of `test`, and save the run."""
-        row = (*trained, *tested, self.rate, time.perf_counter() - self.began)
-        self.history = History(*[old + [new] for old, new in zip(vars(self.history).values(), row)])
+    def record(self, train_loss, train_acc, test_loss, test_acc):
+        """Append the results of an epoch to the history and save a checkpoint."""
+        seconds = time.perf_counter() - self.start_time
+        self.history.train_losses.append(train_loss)
+        self.history.train_acc.append(train_acc)
+        self.history.test_losses.append(test_loss)
+        self.history.test_acc.append(test_acc)
+        self.history.learning_rates.append(self.learning_rate)
+        self.history.seconds.append(seconds)
         self._save()
 
+    def _check_parts(self):
+        for name in ("epochs", "seed"):
+            self.settings[name] = parse_positive_int(name.upper(), self.settings[name])
+        parameters = {id(parameter) for parameter in self.model.parameters()}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in parameters:
+                    raise ValueError("the optimizer does not belong to this model: create it anew")
+        if self.scheduler.optimizer is not self.optimizer:
+            raise ValueError("the scheduler does not belong to this optimizer: create it anew")
+
+    def _check_new(self):
+        if len(self.optimizer.state) > 0 or self.scheduler.last_epoch > 0:
+            raise ValueError(
+                "the optimizer or the scheduler has been used: create model, optimizer and scheduler anew,"
+                " or set RESUME = True to continue from the checkpoint"
+            )
+
+    def _keep_previous(self):
+        if not self.path.exists():
+            return
+        try:
+            os.replace(self.path, self._free_name())
+        except OSError as error:
+            raise OSError(self._write_failure(error)) from None
+
+    def _free_name(self):
+        """Reserve and return the path of the first backup that does not exist."""
+        for number in itertools.count(1):
+            previous = self.path.with_name(f"{self.path.stem}.previous-{number}{self.path.suffix}")
+            try:
+                previous.touch(exist_ok=False)  # atomic: another process cannot take the same name
+            except FileExistsError:
+                continue
+            return previous
+
     def _save(self):
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        torch.save({**state, "settings": self.settings, "history": vars(self.history)}, partial)
-        os.replace(partial, self.path)  # killed before or after, the file is whole
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "settings": self.settings,
+            "history": vars(self.history),
+        }
+        content = io.BytesIO()
+        torch.save(state, content)
+        # The name is unique, so two processes cannot write to one partial file.
+        partial = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content.getbuffer())
+            os.replace(partial, self.path)  # atomic: the checkpoint is whole even if the process is killed
+        except OSError as error:
+            raise OSError(self._write_failure(error)) from None
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()  # is still there if writing failed or was interrupted
+
+    def _write_failure(self, error):
+        return (
+            f"cannot write the checkpoint {self.path} ({error.strerror}): free disk space, fix the"
+            " permissions, or set S7_CHECKPOINTS to another folder"
+        )
 
     def _load(self):
         state = read_checkpoint(self.path)
-        ours, theirs = self.settings, state["settings"]
-        other = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-        if other:
-            pairs = "; ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in other)
-            raise ValueError(f"{self.path} has other settings ({pairs}): restore them or do not resume")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        self._check_settings(state["settings"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+        except Exception as error:  # what load_state_dict raises depends on what does not fit
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{self.path} was created by a different version of the code ({reason}): set RESUME = False"
+            ) from None
         self.history = History(**state["history"])
-        print(f"Resuming after epoch {len(self.history.test_acc)}")
+        print(f"Resuming after epoch {self.history.epochs}")
+
+    def _check_settings(self, saved):
+        differences = []
+        for name in {**self.settings, **saved}:
+            here = self.settings.get(name)
+            there = saved.get(name)
+            if here != there:
+                differences.append(f"{name}: checkpoint {there}, current {here}")
+        if differences:
+            raise ValueError(
+                f"{self.path} was created with different settings ({'; '.join(differences)}):"
+                " restore them, or set RESUME = False"
+            )
 
 
 def read_checkpoint(path):
-    """The state that a `Run` saved at `path`, a dictionary. ValueError, in one line, where there is
-    none; no code that the file may carry is run."""
+    """Return the state that a `Run` saved at `path`: a dictionary.
+
+    Its keys are `model`, `optimizer`, `scheduler`, `settings` and `history`. Code that the file may
+    contain is not run. Raise OSError if the file cannot be read, ValueError if it is not a checkpoint.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("model", "optimizer", "scheduler", "settings", "history")}
-    except Exception as error:
+        content = Path(path).expanduser().read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no checkpoint at {path}: train first") from None
+    except OSError as error:
+        raise OSError(f"cannot read the checkpoint {path} ({error.strerror}): fix that, or move it") from None
+    try:
+        corrupted = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load ignores the CRCs
+        if corrupted is not None:
+            raise ValueError(f"{corrupted} has another CRC")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        for name in ("model", "optimizer", "scheduler", "settings", "history"):
+            if not isinstance(state[name], dict):
+                raise TypeError(f"{name} is not a dictionary")
+        History(**state["history"])
+        return state
+    except MemoryError:
+        raise
+    except Exception as error:  # what torch.load raises depends on where the file is corrupted
         reason = type(error).__name__
-        raise ValueError(f"{path} is no checkpoint of a run ({reason}): delete it or train first") from None
+        raise ValueError(f"{path} is not a valid checkpoint ({reason}): delete it, or train first") from None
 
 
-# ---- looking ----
+# ---- plots and reports ----
 
-TRAIN_COLOUR, TEST_COLOUR = "#D55E00", "#0072B2"  # told apart by the colour-blind (Okabe and Ito)
+TRAIN_COLOR = "#D55E00"  # distinguishable for color-blind readers (Okabe and Ito)
+TEST_COLOR = "#0072B2"
+TARGET_ACCURACY = 99.4  # percent, of the course
+LAST_EPOCHS = 5  # how many final epochs are reported
 
 
-def summarise(model):
-    """The layers of a model as text, for one image, with the totals in the last line.
+class Layer(NamedTuple):
+    """A row of `layer_table`."""
 
-    Mult-adds are torchinfo's; the receptive field grows by (kernel - 1) · jump pixels a layer, jump
-    being the product of the strides before it.
+    name: str  # path of attributes, for example "block2.0"
+    kind: str  # class, for example "Conv2d"
+    output: tuple  # shape for one image
+    kernel: int  # side length in pixels
+    parameters: int
+    mult_adds: int
+    receptive_field: int  # side length in pixels
+
+
+def layer_table(model):
+    """Return the layers of a model as a list of `Layer`, for an input of one image.
+
+    Multiply-adds are torchinfo's. Each layer enlarges the receptive field by (kernel - 1) · jump
+    pixels, where jump is the product of all preceding strides.
     """
     names = {module: name for name, module in model.named_modules()}
+    summary = torchinfo.summary(model, (1, 1, SIDE, SIDE), verbose=0)
+    layers = []
+    receptive_field = 1
+    jump = 1
+    for info in summary.summary_list:
+        if not info.is_leaf_layer:
+            continue
+        kernel, stride = kernel_and_stride(info)
+        receptive_field += (kernel - 1) * jump
+        jump *= stride
+        layers.append(
+            Layer(
+                name=names[info.module],
+                kind=info.class_name,
+                output=tuple(info.output_size[1:]),
+                kernel=kernel,
+                parameters=info.trainable_params,
+                mult_adds=info.macs,
+                receptive_field=receptive_field,
+            )
+        )
+    return layers
+
+
+def kernel_and_stride(info):
+    """Return the side length and the stride of the window of a torchinfo layer; 1 and 1 without one."""
+    if isinstance(info.module, torch.nn.AdaptiveAvgPool2d):
+        size = info.input_size[-1] // info.output_size[-1]
+        return size, size
+    kernel = getattr(info.module, "kernel_size", 1)
+    stride = getattr(info.module, "stride", 1)
+    if isinstance(kernel, tuple):
+        kernel = kernel[0]
+    if isinstance(stride, tuple):
+        stride = stride[0]
+    return kernel, stride
+
+
+def summarize_model(model):
+    """Return the layers of a model as text, one line per layer, with the totals in the last line."""
     line = "{:<26}{:<12}{:>6}{:>12}{:>12}{:>17}".format
+    layers = layer_table(model)
     lines = [line("layer", "output", "kernel", "parameters", "mult-adds", "receptive field")]
-    info, receptive, jump = torchinfo.summary(model, (1, 1, 28, 28), verbose=0), 1, 1
-    for layer in info.summary_list:
-        if layer.is_leaf_layer:
-            kernel, stride = (getattr(layer.module, name, 1) for name in ("kernel_size", "stride"))
-            if isinstance(layer.module, torch.nn.AdaptiveAvgPool2d):
-                kernel = stride = layer.input_size[-1] // layer.output_size[-1]
-            kernel, stride = (x[0] if isinstance(x, tuple) else x for x in (kernel, stride))
-            receptive, jump = receptive + (kernel - 1) * jump, jump * stride
-            name, shape = f"{names[layer.module]} {layer.class_name}", layer.output_size[1:]
-            counts = f"{layer.trainable_params:,}", f"{layer.macs:,}"
-            lines.append(line(name, "×".join(map(str, shape)), kernel, *counts, receptive))
-    lines.append(line("total", "", "", f"{info.trainable_params:,}", f"{info.total_mult_adds:,}", receptive))
+    for layer in layers:
+        name = f"{layer.name} {layer.kind}"
+        output = "×".join(map(str, layer.output))
+        counts = f"{layer.parameters:,}", f"{layer.mult_adds:,}"
+        lines.append(line(name, output, layer.kernel, *counts, layer.receptive_field))
+    parameters = sum(layer.parameters for layer in layers)
+    mult_adds = sum(layer.mult_adds for layer in layers)
+    lines.append(line("total", "", "", f"{parameters:,}", f"{mult_adds:,}", layers[-1].receptive_field))
     return "\n".join(lines)
 
 
-def finish(figure, name, alt):
-    """Show a figure, `alt` saying in words what is on it; save it as `name.png` where the environment
-    names a folder as `S7_FIGURES`."""
-    if folder := setting("FIGURES", ""):
+def show_figure(figure, name, alt):
+    """Display a figure with the alternative text `alt`.
+
+    Also save it as `name.png` if the environment variable `S7_FIGURES` names a folder.
+    """
+    folder = setting_from_env("FIGURES", "")
+    shell = get_ipython()
+    if shell is not None:  # otherwise a kernel started with MPLBACKEND=agg shows no pictures
+        select_figure_formats(shell, {"png"})
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         figure.savefig(f"{folder}/{name}.png", dpi=110, facecolor="white")
     display(figure, metadata={"image/png": {"alt": alt}})
     plt.close(figure)
 
 
 def plot_digits(images, captions, title, name):
-    """Up to 20 images `(N, 1, 28, 28)` or `(N, 28, 28)`, dark on light, captioned."""
-    bare = dict(xticks=[], yticks=[], frame_on=False)
-    figure, axes = plt.subplots(2, 10, figsize=(10, 2.9), layout="constrained", subplot_kw=bare)
+    """Plot up to 20 images `(N, 1, 28, 28)` or `(N, 28, 28)`, dark on light, with captions."""
+    figure, axes = plt.subplots(2, 10, figsize=(10, 2.9), layout="constrained")
     figure.suptitle(title)
-    for axis, image, caption in zip(axes.flat, images, captions):
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image.squeeze().numpy(), cmap="gray_r")
         axis.set_title(caption, fontsize=9)
-    finish(figure, name, f"{title}: {', '.join(map(str, captions[:20]))}")
+    shown = ", ".join(map(str, captions[:20]))
+    show_figure(figure, name, f"{title}: {shown}")
 
 
 def plot_history(history, title):
-    """Loss, accuracy and learning rate by epoch; the first epoch may lie outside the axes."""
-    epochs = range(1, len(history.test_acc) + 1)
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    """Plot loss, accuracy and learning rate per epoch.
+
+    The axes are scaled to epoch 2 onward; epoch 1 may lie outside.
+    """
+    epochs = range(1, history.epochs + 1)
+    figure, (loss_axis, accuracy_axis, rate_axis) = plt.subplots(
+        1, 3, figsize=(11, 3.4), layout="constrained"
+    )
     figure.suptitle(title)
-    losses = ("loss", history.train_losses, history.test_losses)
-    accuracies = ("accuracy (%)", history.train_acc, history.test_acc)
-    for axis, (label, trained, tested) in zip(axes, (losses, accuracies)):
-        axis.plot(epochs, trained, "--o", color=TRAIN_COLOUR, markersize=3, label="train")
-        axis.plot(epochs, tested, "-o", color=TEST_COLOUR, markersize=3, label="test")
-        axis.set_ylabel(label)
-        axis.legend()
-        later = trained[1:] + tested[1:]
-        if len(epochs) > 2:  # the first epoch, far from the rest, would press them together
-            axis.set_ylim((0, 1.1 * max(later)) if label == "loss" else (min(later) - 0.3, 100))
-    axes[2].plot(epochs, history.learning_rates, "-o", color="black", markersize=3)
-    axes[2].set(ylabel="learning rate", ylim=(0, None))
-    for axis in axes:
+    plot_train_and_test(loss_axis, epochs, history.train_losses, history.test_losses)
+    plot_train_and_test(accuracy_axis, epochs, history.train_acc, history.test_acc)
+    if history.epochs > 2:  # the first epoch would compress the rest
+        loss_axis.set_ylim(0, 1.1 * max(history.train_losses[1:] + history.test_losses[1:]))
+        accuracy_axis.set_ylim(min(history.train_acc[1:] + history.test_acc[1:]) - 0.3, 100)
+    rate_axis.plot(epochs, history.learning_rates, "-o", color="black", markersize=3)
+    rate_axis.set_ylim(0, None)
+    loss_axis.set_ylabel("loss")
+    accuracy_axis.set_ylabel("accuracy (%)")
+    rate_axis.set_ylabel("learning rate")
+    for axis in figure.axes:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    finish(figure, "curves", f"Curves by epoch; {result(history, title)}".replace("\n", "; "))
+    summary = summarize_run(history, title).replace("\n", "; ")
+    show_figure(figure, "curves", f"Loss, accuracy and learning rate per epoch; {summary}")
 
 
-def held_from(accuracies, target=99.4):
-    """The first epoch from which on every accuracy is at least `target`; None where there is none."""
-    epochs = range(1, len(accuracies) + 1)
-    return next((epoch for epoch in epochs if min(accuracies[epoch - 1 :]) >= target), None)
+def plot_train_and_test(axis, epochs, train_values, test_values):
+    """Plot two lines, one value per epoch, with a legend."""
+    axis.plot(epochs, train_values, "--o", color=TRAIN_COLOR, markersize=3, label="train")
+    axis.plot(epochs, test_values, "-o", color=TEST_COLOR, markersize=3, label="test")
+    axis.legend()
 
 
-def result(history, title):
-    """What came of a run, in four lines; the course's target is 99.4 % held over the last epochs."""
-    test, train, rates = history.test_acc, history.train_acc, history.learning_rates
-    if not test:
-        return f"{title}: no whole epoch"
-    held = held_from(test)
+def first_epoch_above(accuracies, target=TARGET_ACCURACY):
+    """Return the first epoch from which every accuracy is at least `target` (percent), or None."""
+    first = None
+    for epoch, accuracy in enumerate(accuracies, 1):
+        if accuracy < target:
+            first = None
+        elif first is None:
+            first = epoch
+    return first
+
+
+def summarize_run(history, title):
+    """Return a summary of a run in four lines, with whether it meets the course target of 99.4 %."""
+    if history.epochs == 0:
+        return f"{title}: no completed epoch"
+    unit = "epochs"
+    if history.epochs == 1:
+        unit = "epoch"
+    sustained = "not sustained"
+    first = first_epoch_above(history.test_acc)
+    if first is not None:
+        sustained = f"from epoch {first} on"
+    rates = history.learning_rates
     return (
-        f"{title}: {len(test)} epochs, learning rate from {rates[0]:.3g} to {rates[-1]:.3g}\n"
-        f"last epoch: train {train[-1]:.2f} %, test {test[-1]:.2f} %; best test {max(test):.2f} %\n"
-        f"worst test of the last five epochs: {min(test[-5:]):.2f} %\n"
-        f"99.4 % on the test images: {f'held from epoch {held}' if held else 'not held'}"
+        f"{title}: {history.epochs} {unit}, learning rate from {rates[0]:.3g} to {rates[-1]:.3g}\n"
+        f"last epoch: train {history.train_acc[-1]:.2f} %, test {history.test_acc[-1]:.2f} %;"
+        f" best test {max(history.test_acc):.2f} %\n"
+        f"minimum test accuracy over the last five epochs: {min(history.test_acc[-LAST_EPOCHS:]):.2f} %\n"
+        f"test accuracy ≥ {TARGET_ACCURACY} %: {sustained}"
     )
+
+
+def summarize_last_augmented_epoch(run):
+    """Return a line on the train accuracy before and after augmentation ends, or on its absence."""
+    clean_epochs = run.settings["clean_epochs"]
+    last = run.settings["epochs"] - clean_epochs  # the last epoch with augmentation
+    train_acc = run.history.train_acc
+    if run.settings["augmentation"] is None or clean_epochs == 0:
+        return "This run used the same images in all epochs."
+    if last < 1 or len(train_acc) <= last:
+        return "This run did not get beyond its augmented epochs."
+    return (
+        f"train accuracy: {train_acc[last - 1]:.2f} % in epoch {last} (augmented images), "
+        f"{train_acc[last]:.2f} % in epoch {last + 1} (original images)"
+    )
+
+
+def most_confused(confusion, count=3):
+    """Return the most confused pairs of digits as text, one line per pair.
+
+    `confusion` `(10, 10)` counts images by true (row) and predicted (column) digit.
+    """
+    both_ways = (confusion + confusion.T).triu(diagonal=1)  # 4 taken for 9, and 9 for 4
+    numbers, places = both_ways.flatten().sort(descending=True, stable=True)
+    lines = []
+    for number, place in zip(numbers[:count].tolist(), places[:count].tolist(), strict=True):
+        one, other = divmod(place, DIGITS)
+        lines.append(f"{one} and {other}: {number} images")
+    return "\n".join(lines)
+
+
+class Mistake(NamedTuple):
+    """A misclassified image."""
+
+    image: torch.Tensor  # normalized, (1, 28, 28)
+    target: int
+    predicted: int
+    probability: float  # of the predicted digit
 
 
 @torch.no_grad()
 def find_mistakes(model, device, test_loader):
-    """What a model gets wrong: `(confusion, mistakes)`.
+    """Return the confusion matrix and the misclassified images of a model.
 
-    `confusion` `(10, 10)` counts images by true digit (row) and predicted digit (column); `mistakes`
-    is a list of `(image, true digit, predicted digit, its probability)`, the most confident first.
+    The matrix `(10, 10)` counts images by true (row) and predicted (column) digit. The images are a
+    list of `Mistake`, most confident first.
     """
     model.eval()
-    confusion, mistakes = torch.zeros(10, 10, dtype=torch.long), []
+    confusion = torch.zeros(DIGITS, DIGITS, dtype=torch.long)
+    mistakes = []
     for data, target in test_loader:
         probability, predicted = model(data.to(device)).exp().max(dim=1)
-        for row in zip(data.cpu(), target.tolist(), predicted.tolist(), probability.tolist()):
-            confusion[row[1], row[2]] += 1
-            mistakes += [row] if row[1] != row[2] else []
-    return confusion, sorted(mistakes, key=lambda row: -row[3])
+        target = target.cpu()
+        predicted = predicted.cpu()
+        confusion.index_put_((target, predicted), torch.ones_like(target), accumulate=True)
+        for i in target.ne(predicted).nonzero().flatten().tolist():
+            mistake = Mistake(data[i].cpu(), target[i].item(), predicted[i].item(), probability[i].item())
+            mistakes.append(mistake)
+    mistakes.sort(key=lambda mistake: mistake.probability, reverse=True)
+    return confusion, mistakes
+
+
+def plot_mistakes(mistakes, title):
+    """Plot up to 20 misclassified images in the given order, with true and predicted digit."""
+    images = [mistake.image for mistake in mistakes]
+    captions = [f"{m.target}→{m.predicted}  {m.probability:.0%}" for m in mistakes]
+    heading = f"{title}: {len(mistakes)} misclassified images, most confident first (true→predicted)"
+    plot_digits(images, captions, heading, "mistakes")
 
 
 def plot_confusion(confusion, title):
-    """Counts by true and predicted digit, coloured by the mistakes, with per-digit accuracy."""
-    accuracy = (100 * confusion.diag() / confusion.sum(dim=1)).tolist()
-    figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
+    """Plot the confusion matrix, its off-diagonal counts color-coded, and the accuracy per digit."""
+    accuracy = 100 * confusion.diag() / confusion.sum(dim=1)
     wrong = confusion.clone().fill_diagonal_(0)
+    figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
     axis.imshow(wrong.numpy(), cmap="Oranges", vmax=max(2 * wrong.max().item(), 1))
-    for index, count in enumerate(confusion.flatten().tolist()):
-        axis.text(index % 10, index // 10, count or "·", ha="center", va="center", fontsize=9)
-    axis.set_yticks(range(10), [f"{digit}  ({share:.1f} %)" for digit, share in enumerate(accuracy)])
-    axis.set(title=title, xlabel="predicted digit", ylabel="true digit (accuracy)", xticks=range(10))
-    finish(figure, "confusion", f"{title}: a matrix of {wrong.sum()} mistakes by true and predicted digit")
+    for target in range(DIGITS):
+        for predicted in range(DIGITS):
+            count = confusion[target, predicted].item()
+            axis.text(predicted, target, count or "·", ha="center", va="center", fontsize=9)
+    labels = [f"{digit}  ({share:.1f} %)" for digit, share in enumerate(accuracy.tolist())]
+    axis.set_yticks(range(DIGITS), labels)
+    axis.set_xticks(range(DIGITS))
+    axis.set_xlabel("predicted digit")
+    axis.set_ylabel("true digit (accuracy)")
+    axis.set_title(title)
+    show_figure(figure, "confusion", f"{title}: confusion matrix with {wrong.sum()} misclassified images")
 
 
-# ---- your own digit ----
+# ---- own digit ----
 
 
 def read_picture(image):
-    """The brightness `(H, W)`, from 0 to 1, of a path's or a PIL image's pixels, whatever its colour
-    mode; what is transparent becomes the paper that the ink stands out from."""
+    """Return the brightness `(H, W)` in [0, 1] of a path's or a PIL image's pixels.
+
+    Transparent areas are filled with a background that contrasts with the digit.
+    """
     try:
         image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
         if image.mode[0] in "IF":  # 16 and 32 bits, which PIL would clip at 255
@@ -498,7 +1018,7 @@ def read_picture(image):
             image = image.convert("F").point(lambda value: value * (255 / ((high - low) or 1)) + 0)
         gray, alpha = pil_to_tensor(image.convert("RGBA").convert("LA")).double() / 255
     except (OSError, ValueError) as error:
-        raise ValueError(f"{image} is not an image that can be read ({error}): give another") from None
+        raise ValueError(f"{image} cannot be read as an image ({error}): choose another file") from None
     if alpha.min() < 1:
         ink_is_dark = (gray * alpha).sum() < 0.5 * alpha.sum()
         gray = gray * alpha + (1 - alpha) * ink_is_dark
@@ -506,45 +1026,47 @@ def read_picture(image):
 
 
 def prepare_digit(image):
-    """A picture of one digit as MNIST was made: normalised float32 `(1, 1, 28, 28)`.
+    """Preprocess an image of a single digit like MNIST; return normalized float32 `(1, 1, 28, 28)`.
 
-    `image` is a path or a PIL image of any size, colour mode and polarity. The digit is cropped,
-    scaled to fit 20×20 and its centre of mass put on pixel (14, 14) of 28×28 (yann.lecun.com/exdb/mnist;
-    the pixel was measured on the test images). ValueError where there is no digit to be seen.
+    `image` is a path or a PIL image of any size, color mode and polarity. The digit is cropped,
+    scaled to fit 20×20 and its center of mass put on pixel (14, 14) of 28×28 (yann.lecun.com/exdb/mnist;
+    the pixel was determined empirically on the test images). Raise ValueError if no digit is visible.
     """
     gray = read_picture(image)
     paper = torch.cat([gray[0], gray[-1], gray[:, 0], gray[:, -1]]).median()
-    lighter, darker = (gray - paper).clamp(min=0), (paper - gray).clamp(min=0)
+    lighter = (gray - paper).clamp(min=0)
+    darker = (paper - gray).clamp(min=0)
     ink = lighter if lighter.sum() > darker.sum() else darker
     if ink.max() < 0.1:
-        raise ValueError("the image shows no digit: it is (almost) of one colour")
+        raise ValueError("no digit found: the image is (almost) a single color")
     ink = ink / ink.max()
-    rows, columns = ((ink > 0.15).any(dim=d).nonzero() for d in (1, 0))
+    rows = (ink > 0.15).any(dim=1).nonzero()
+    columns = (ink > 0.15).any(dim=0).nonzero()
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
     ink = F.interpolate(ink[None, None], size, mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
-    centre = [(ink.sum(dim=1 - d) * torch.arange(size[d])).sum() / ink.sum() for d in (0, 1)]
-    # a hair less than 14, so that a tie always falls to the same side
-    top, left = (min(max(round(13.999 - c.item()), 0), 28 - s) for c, s in zip(centre, size))
+    center = [(ink.sum(dim=1 - d) * torch.arange(size[d])).sum() / ink.sum() for d in (0, 1)]
+    # slightly below 14, so that ties always round the same way
+    top, left = (min(max(round(13.999 - c.item()), 0), 28 - s) for c, s in zip(center, size, strict=True))
     canvas = F.pad(ink[None, None].float(), (left, 28 - left - size[1], top, 28 - top - size[0]))
     return (canvas - MEAN) / STD
 
 
 @torch.no_grad()
 def predict(model, image):
-    """The probabilities `(10,)` that `image`, as `prepare_digit` takes it, is each digit."""
+    """Return the class probabilities `(10,)` for an image (anything that `prepare_digit` accepts)."""
     device = next(model.parameters()).device
     return model.eval()(prepare_digit(image).to(device))[0].exp().cpu()
 
 
 def plot_prediction(image, probabilities):
-    """A picture, what the network gets of it, and the ten probabilities."""
+    """Plot an image, its preprocessed version, and the predicted probabilities."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
     left.imshow((image if isinstance(image, Image.Image) else Image.open(image)).convert("RGBA"))
-    left.set(title="the picture", xticks=[], yticks=[])
+    left.set(title="image", xticks=[], yticks=[])
     middle.imshow(prepare_digit(image).squeeze().numpy(), cmap="gray_r")
-    middle.set(title="what the network gets", xticks=[], yticks=[])
+    middle.set(title="network input", xticks=[], yticks=[])
     title = f"prediction: {probabilities.argmax()} ({probabilities.max():.1%})"
-    right.bar(range(10), probabilities.tolist(), color=TEST_COLOUR)
+    right.bar(range(10), probabilities.tolist(), color=TEST_COLOR)
     right.set(title=title, xticks=range(10), ylim=(0, 1.05), xlabel="digit", ylabel="probability")
-    finish(figure, "prediction", f"A picture of a digit, the same prepared as MNIST was, and the {title}")
+    show_figure(figure, "prediction", f"Image of a digit, its preprocessed version, and the {title}")

@@ -1,151 +1,271 @@
-"""Seconds an epoch: the usual loop, this repository's, and the floor below which neither can go.
+"""Seconds per epoch: a standard DataLoader pipeline, this repository, and compute only (the lower bound).
 
-    python benchmarks/epoch_time.py --model Model3          the table, kept in epoch_time.csv
-    python benchmarks/epoch_time.py --model Model3 --quick  on a tenth of the data, not kept
+    python benchmarks/epoch_time.py --models Model3 Model4 Model5     results are saved in epoch_time.csv
+    python benchmarks/epoch_time.py --models Model3 --quick           10 % of the data, not saved
 
-A. torchvision's MNIST with per-image transforms in a DataLoader, read by `utils.train`;
-B. this repository's loader; also on a tenth of the data, in PyTorch's usual memory order where the
-   model has another, and, in a process of its own, without `keep_freed_memory`;
-C. the floor: forward, loss, backward and optimizer step over batches cut beforehand.
-The same for a pass over the test set; in another order each round. Run nothing beside it.
+The variants of a training epoch and of a pass over the test set:
+
+- DataLoader: torchvision's MNIST with per-image transforms, read by `utils.train`
+- this repository: `utils.train` with this repository's loader
+- without channels-last: the same in PyTorch's default memory format, if the model uses another
+- without malloc tuning: the same without `keep_freed_memory`, in a separate process
+- compute only: forward, loss, backward and optimizer step on precomputed batches
+
+Every round measures all variants of all models one after another, in a different random order. Nothing
+else should run on the machine.
 """
 
 import argparse
 import contextlib
-import copy
 import io
 import multiprocessing
+import os
 import random
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
-from torchvision import transforms
+from common import ROOT, Candidate, default_device, machine_columns, read_rows, write_rows
+from torch.utils.data import DataLoader, Subset
+from torchvision import datasets, transforms
 from tqdm import tqdm
 
-from accuracy import append_rows, read_rows, ROOT, where
-from model import MODELS, create_model
 import utils
+from model import MODELS, create_model
 
 CSV = ROOT / "benchmarks" / "epoch_time.csv"
-USUAL, FLOOR, BATCH = "A usual, 0 workers", "C floor", 128
+BATCH_SIZE = 128
+QUICK_SHARE = 10  # --quick and the warm-up use one image in ten
+DATALOADER = "DataLoader, 0 workers"
+REPOSITORY = "this repository"
+COMPUTE_ONLY = "compute only"
+UNTUNED = "this repository, without malloc tuning"
+CONTIGUOUS = "this repository, without channels-last"
+PREVIOUS_MODEL4 = "previous Model4"  # with the pool one layer later
 
 
-def usual_loader(dataset, augment, workers, device, shuffle):
-    """The DataLoader that most MNIST code has."""
+class Variant(NamedTuple):
+    """One thing to measure, as it is called in epoch_time.csv."""
+
+    model: str
+    phase: str  # "train" or "test"
+    name: str
+
+
+def create_network(name, memory_format=None):
+    """Return a new network and its recipe; `memory_format` replaces the network's own if it is given."""
+    if name == PREVIOUS_MODEL4:
+        model = Candidate(before=[16, 16, 24], after=[32, 36, 36, 36])
+        recipe = utils.RECIPES["Model4"]
+    else:
+        model = create_model(name)
+        recipe = utils.RECIPES[name]
+    return model.to(memory_format=memory_format or model.memory_format), recipe
+
+
+def standard_loader(train, workers, device, augmentation, quick):
+    """Return a standard DataLoader, as in most MNIST examples."""
     steps = [transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,))]
-    if augment:
-        shift, scale = augment["shift"], augment["scale"]
-        steps.insert(0, transforms.RandomAffine(augment["degrees"], (shift, shift), (1 - scale, 1 + scale)))
-    dataset.transform = transforms.Compose(steps)
-    return DataLoader(dataset, BATCH, shuffle=shuffle, num_workers=workers, pin_memory=device == "cuda")
+    if augmentation is not None:
+        shift = augmentation["shift"]
+        scale = augmentation["scale"]
+        rotate_shift_scale = transforms.RandomAffine(
+            augmentation["degrees"], (shift, shift), (1 - scale, 1 + scale)
+        )
+        steps.insert(0, rotate_shift_scale)
+    root = Path(os.environ.get("MNIST_ROOT", "./data")).expanduser()
+    dataset = datasets.MNIST(root, train, transforms.Compose(steps))
+    if quick:
+        dataset = Subset(dataset, range(len(dataset) // QUICK_SHARE))
+    return DataLoader(
+        dataset, BATCH_SIZE, shuffle=train, num_workers=workers, pin_memory=device == "cuda"
+    )
 
 
-def tenth(dataset):
-    """The first tenth of a data set."""
-    part = copy.copy(dataset)
-    part.data, part.targets = dataset.data[: len(dataset) // 10], dataset.targets[: len(dataset) // 10]
-    return part
+def repository_loader(train, device, augmentation, quick):
+    """Return this repository's loader."""
+    train_set, test_set = utils.load_data(standin=False)
+    dataset = test_set
+    if train:
+        dataset = train_set
+    if quick:
+        dataset = dataset[: len(dataset) // QUICK_SHARE]
+    return utils.BatchLoader(dataset, BATCH_SIZE, device, shuffle=train, augmentation=augmentation)
 
 
-def floor(model, device, batches, optimizer, criterion):
-    """The arithmetic of an epoch and nothing else."""
+def create_loader(variant, device, quick):
+    """Return what a variant iterates over."""
+    train = variant.phase == "train"
+    augmentation = None
+    if train:
+        augmentation = create_network(variant.model)[1].augmentation
+    if variant.name.startswith("DataLoader"):
+        workers = int(variant.name.split()[1])
+        return standard_loader(train, workers, device, augmentation, quick)
+    if variant.name == COMPUTE_ONLY:
+        return list(repository_loader(train, device, augmentation, quick))
+    return repository_loader(train, device, augmentation, quick)
+
+
+def train_compute_only(model, batches, optimizer):
+    """Run the compute of one training epoch, without data loading and bookkeeping."""
     model.train()
     for data, target in batches:
         optimizer.zero_grad()
-        criterion(model(data), target).backward()
+        F.nll_loss(model(data), target).backward()
         optimizer.step()
 
 
 @torch.no_grad()
-def test_floor(model, device, batches, optimizer, criterion):
-    """The arithmetic of a test pass and nothing else."""
+def test_compute_only(model, batches):
+    """Run the compute of one pass over the test set, without data loading and bookkeeping."""
     model.eval()
     for data, target in batches:
-        criterion(model(data), target, reduction="sum")
+        F.nll_loss(model(data), target, reduction="sum")
 
 
-def measure(function, loader, name, device, **order):
-    """Seconds of one pass with a fresh network; the progress bar is on, its text thrown away."""
+def measure(variant, loader, device):
+    """Return the seconds of one pass with a newly initialized network.
+
+    The progress bar is enabled, but its output is discarded.
+    """
     torch.manual_seed(1)
-    model = create_model(name).to(device, **order)
-    optimizer = torch.optim.SGD(model.parameters(), **utils.RECIPES[name]["optimizer"])
+    memory_format = None
+    if variant.name == CONTIGUOUS:
+        memory_format = torch.contiguous_format
+    model, recipe = create_network(variant.model, memory_format)
+    model.to(device)
+    optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
+    start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        began = time.perf_counter()
-        function(model, device, loader, optimizer, F.nll_loss)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+        if variant.phase == "train" and variant.name == COMPUTE_ONLY:
+            train_compute_only(model, loader, optimizer)
+        elif variant.phase == "train":
+            utils.train(model, device, loader, optimizer, F.nll_loss)
+        elif variant.name == COMPUTE_ONLY:
+            test_compute_only(model, loader)
+        else:
+            utils.test(model, device, loader, F.nll_loss)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def measure_unkept(name, device, quick):
-    """Our training pass in a process that has not called `keep_freed_memory`."""
-    train_set = tenth(utils.load_data(standin=False)[0]) if quick else utils.load_data(standin=False)[0]
-    loader = utils.BatchLoader(train_set, BATCH, device, True, utils.RECIPES[name]["augment"])
-    return measure(utils.train, loader, name, device)
+def warm_up(variant, device):
+    """Run a variant on one image in ten, so that the measurement does not include what happens once."""
+    measure(variant, create_loader(variant, device, quick=True), device)
 
 
-def variants(name, device, train_set, test_set, quick):
-    """`(pass, variant)` → a function that returns the seconds of one pass."""
-    augment = utils.RECIPES[name]["augment"]
-    ours, part = (utils.BatchLoader(s, BATCH, device, True, augment) for s in (train_set, tenth(train_set)))
-    ours_test = utils.BatchLoader(test_set, BATCH, device)
-    cut, cut_test = (list(zip(x.data.split(BATCH), x.target.split(BATCH))) for x in (ours, ours_test))
-    our_test = lambda model, device, loader, _, criterion: utils.test(model, device, loader, criterion)
-    passes = {
-        ("train", "B ours"): (utils.train, ours),
-        ("train", "B ours, a tenth of the data"): (utils.train, part),
-        ("train", FLOOR): (floor, cut),
-        ("test", "B ours"): (our_test, ours_test),
-        ("test", FLOOR): (test_floor, cut_test),
-    }
-    for count in (0, 4 if device == "cuda" else 2):
-        variant = f"A usual, {count} workers"
-        passes["train", variant] = utils.train, usual_loader(train_set, augment, count, device, True)
-        passes["test", variant] = our_test, usual_loader(test_set, None, count, device, False)
-    timed = {key: lambda pair=pair: measure(*pair, name, device) for key, pair in passes.items()}
-    order = dict(memory_format=torch.contiguous_format)
-    if MODELS[name].memory_format not in order.values():
-        pair = passes["train", "B ours"]
-        timed["train", "B ours, usual memory order"] = lambda: measure(*pair, name, device, **order)
+def measure_untuned(variant, device, quick, threads):
+    """Return the seconds of one pass in this process, which has not called `keep_freed_memory`."""
+    torch.set_num_threads(threads)
+    warm_up(variant, device)
+    return measure(variant, create_loader(variant, device, quick), device)
+
+
+def measure_in_new_process(variant, device, quick):
+    """Return what `measure_untuned` returns in a process that runs only during the measurement."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
+        future = executor.submit(measure_untuned, variant, device, quick, torch.get_num_threads())
+        return future.result()
+
+
+def list_variants(model, device):
+    """Return the variants of a model, as a list of `Variant`."""
+    variants = []
+    workers = 2
+    if device == "cuda":
+        workers = 4
+    for phase in ("train", "test"):
+        for name in (DATALOADER, f"DataLoader, {workers} workers", REPOSITORY, COMPUTE_ONLY):
+            variants.append(Variant(model, phase, name))
+    if create_network(model)[0].memory_format != torch.contiguous_format:
+        variants.append(Variant(model, "train", CONTIGUOUS))
     if device == "cpu":
-        apart = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
-        task = measure_unkept, (name, device, quick)
-        timed["train", "B ours, freed memory not kept"] = lambda: apart.apply(*task)
-    return timed
+        variants.append(Variant(model, "train", UNTUNED))
+    return variants
+
+
+def measure_rounds(variants, rounds, device, quick):
+    """Return a dictionary from `Variant` to its seconds in each round."""
+    loaders = {}
+    for variant in variants:
+        if variant.name != UNTUNED:
+            loaders[variant] = create_loader(variant, device, quick)
+    utils.keep_freed_memory()
+    for variant in tqdm(loaders, desc="warm-up"):
+        warm_up(variant, device)
+    seconds = {variant: [] for variant in variants}
+    for number in tqdm(range(rounds), desc="rounds"):
+        for variant in random.Random(number).sample(variants, len(variants)):
+            if variant.name == UNTUNED:
+                seconds[variant].append(measure_in_new_process(variant, device, quick))
+            else:
+                seconds[variant].append(measure(variant, loaders[variant], device))
+    return seconds
+
+
+def summarize(seconds, device):
+    """Return the rows of epoch_time.csv for what `measure_rounds` returned."""
+    median = {variant: statistics.median(times) for variant, times in seconds.items()}
+    rows = []
+    for variant, times in seconds.items():
+        dataloader = median[variant._replace(name=DATALOADER)]
+        compute_only = median[variant._replace(name=COMPUTE_ONLY)]
+        row = {
+            "model": variant.model,
+            "pass": variant.phase,
+            "variant": variant.name,
+            "batch": BATCH_SIZE,
+            "rounds": len(times),
+            "seconds": f"{median[variant]:.3f}",
+            "fastest": f"{min(times):.3f}",
+            "slowest": f"{max(times):.3f}",
+            "vs_dataloader": f"{median[variant] / dataloader:.3f}",
+            "vs_compute_only": f"{median[variant] / compute_only:.3f}",
+        }
+        row.update(machine_columns(device))
+        rows.append(row)
+    return rows
+
+
+def save(rows):
+    """Save rows in epoch_time.csv, in place of those of the same models on the same machine."""
+
+    def key(row):
+        return row["model"], row["device"], str(row["threads"])
+
+    measured = set(map(key, rows))
+    kept = []
+    for row in read_rows(CSV):
+        if key(row) not in measured:
+            kept.append(row)
+    write_rows(kept + rows, CSV)
 
 
 def main():
+    names = [*MODELS, PREVIOUS_MODEL4]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=MODELS, default="Model3")
+    parser.add_argument("--models", nargs="+", choices=names, default=["Model3", "Model4", "Model5"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the data, nothing kept")
+    parser.add_argument("--quick", action="store_true", help="use 10 %% of the data and do not save")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    train_set, test_set = utils.load_data(standin=False)
-    if args.quick:
-        train_set, test_set = tenth(train_set), tenth(test_set)
-    timed = variants(args.model, device, train_set, test_set, args.quick)
-    utils.keep_freed_memory()
-    seconds = {key: [] for key in timed}
-    for round_ in tqdm(range(args.rounds), desc="rounds"):
-        for key in random.Random(round_).sample(list(timed), len(timed)):
-            seconds[key].append(timed[key]())
-    median = {key: statistics.median(times) for key, times in seconds.items()}
-    rows = []
-    for (phase, variant), times in sorted(seconds.items(), reverse=True):
-        middle = median[phase, variant]
-        numbers = dict(seconds=middle, fastest=min(times), slowest=max(times))
-        numbers |= dict(to_usual=middle / median[phase, USUAL], to_floor=middle / median[phase, FLOOR])
-        row = {"model": args.model, "pass": phase, "variant": variant, "batch": BATCH, "rounds": args.rounds}
-        rows.append(row | {column: f"{number:.3f}" for column, number in numbers.items()} | where(device))
-        print(" ".join(map(str, rows[-1].values())))
+    torch.set_num_threads(args.threads)
+    device = default_device()
+    variants = []
+    for model in args.models:
+        variants.extend(list_variants(model, device))
+    rows = summarize(measure_rounds(variants, args.rounds, device, args.quick), device)
+    for row in rows:
+        print(", ".join(map(str, row.values())))
     if not args.quick:
-        mine = args.model, where(device)["device"]
-        kept = [row for row in read_rows(CSV) if (row["model"], row["device"]) != mine]
-        append_rows(kept + rows, CSV, anew=True)
+        save(rows)
 
 
 if __name__ == "__main__":

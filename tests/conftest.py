@@ -1,54 +1,71 @@
-"""Shared set-up: tests see stand-in digits, and never the network or the caller's settings."""
+"""Shared fixtures. Tests use stand-in digits and see neither the network nor the user's settings."""
 
-import copy
 import os
-from pathlib import Path
 import signal
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
-
-matplotlib.use("agg")
 import pytest
 import torch
-from torchvision import transforms
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import utils
+matplotlib.use("agg")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores Ctrl-C
+torch.set_num_threads(1)  # results depend, in the last bits, on the thread count
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, Ctrl-C is ignored
-torch.set_num_threads(1)  # the bits of a run depend on their number
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
-@pytest.fixture(scope="session")
-def small():
-    """A function that cuts the first images off a stand-in set: `small(200, train=True)`."""
-    whole = {train: utils.StandIn(train) for train in (True, False)}
-    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+class Shown(NamedTuple):
+    """A figure that was displayed."""
 
-    def cut(count, train=True):
-        dataset = copy.copy(whole[train])
-        dataset.data, dataset.targets = dataset.data[:count].clone(), dataset.targets[:count].clone()
-        dataset.transform = normalise
-        return dataset
+    figure: Figure
+    metadata: dict
 
-    return cut
+    @property
+    def alt(self):
+        """The alternative text."""
+        return self.metadata["image/png"]["alt"]
+
+
+@pytest.fixture(autouse=True)
+def isolation(monkeypatch, tmp_path):
+    """Isolate a test from the user's environment variables, from ./data and from the network."""
+    for name in list(os.environ):
+        if name.startswith("S7_") or name.lower() in PROXY_VARIABLES:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MNIST_ROOT", str(tmp_path))
+    monkeypatch.setattr("utils.MNIST.mirrors", ["http://127.0.0.1:9/"])  # nothing listens there
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def figures(monkeypatch):
-    """The figures that a test shows, each with its metadata."""
+    """Collect the displayed figures, as a list of `Shown`."""
     shown = []
-    monkeypatch.setattr(utils, "display", lambda figure, metadata: shown.append((figure, metadata)))
+
+    def display(figure, metadata):
+        shown.append(Shown(figure, metadata))
+
+    monkeypatch.setattr("utils.display", display)
     return shown
 
 
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch, tmp_path):
-    """No setting of the caller's environment reaches a test, and no file of the working folder."""
-    for name in [name for name in os.environ if name.startswith("S7_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("MNIST_ROOT", str(tmp_path))
-    torch.manual_seed(0)
+@pytest.fixture(scope="session")
+def small():
+    """Return a function that copies the first images of a stand-in set, e.g. `small(200, train=True)`."""
+    from utils import DigitSet, draw_standin
+
+    whole = {True: draw_standin(train=True), False: draw_standin(train=False)}
+
+    def take(count, train=True):
+        dataset = whole[train][:count]
+        return DigitSet(dataset.name, dataset.images.clone(), dataset.labels.clone())
+
+    return take

@@ -1,96 +1,216 @@
-"""The networks, against their layouts written out layer by layer with torch.nn alone."""
+"""The networks, checked against independent reference implementations in plain torch.nn."""
+
+from collections import OrderedDict
 
 import pytest
 import torch
+from helpers import WIDTHS
 from torch import nn
 
-import model as models
-import utils
+from model import MODELS, Model1, create_model
 
 
-def block(i, o, p=0, drop=None):
-    layers = [nn.Conv2d(i, o, 3, padding=p, bias=False), nn.ReLU(), nn.BatchNorm2d(o)]
-    return nn.Sequential(*layers, *([nn.Dropout(drop)] if drop else []))
+def conv_block(inputs, outputs, padding, dropout):
+    layers = [
+        nn.Conv2d(inputs, outputs, 3, padding=padding, bias=False),
+        nn.ReLU(),
+        nn.BatchNorm2d(outputs),
+    ]
+    if dropout:
+        layers.append(nn.Dropout(0.1))
+    return nn.Sequential(*layers)
 
 
-def alone(i, o, k):
-    return nn.Sequential(nn.Conv2d(i, o, k, bias=False))
+def bare_conv(inputs, outputs, kernel_size):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size, bias=False))
 
 
-def published(name, d=0.1):
-    """The published network, with its attributes' names."""
+def reference_model1():
+    """Return the published Model1, with the names of its attributes."""
+    last_block = nn.Sequential(
+        nn.Conv2d(10, 10, 1, bias=False),
+        nn.BatchNorm2d(10),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+    )
+    layers = OrderedDict()
+    layers["convblock1"] = conv_block(1, 8, padding=0, dropout=True)
+    layers["convblock2"] = conv_block(8, 16, padding=0, dropout=True)
+    layers["convblock3"] = bare_conv(16, 10, kernel_size=1)
+    layers["pool1"] = nn.MaxPool2d(2, 2)
+    layers["convblock4"] = conv_block(10, 10, padding=0, dropout=True)
+    layers["convblock5"] = conv_block(10, 10, padding=1, dropout=True)
+    layers["pool2"] = nn.MaxPool2d(2, 2)
+    layers["convblock6"] = conv_block(10, 10, padding=1, dropout=True)
+    layers["gap"] = nn.Sequential(nn.AvgPool2d(5))
+    layers["convblock7"] = last_block
+    return nn.Sequential(layers)
+
+
+def reference_model2():
+    """Return the published Model2, which is also Model3, with the names of its attributes."""
+    layers = OrderedDict()
+    layers["convblock1"] = conv_block(1, 8, padding=0, dropout=False)
+    layers["convblock2"] = conv_block(8, 16, padding=0, dropout=False)
+    layers["convblock3"] = bare_conv(16, 10, kernel_size=1)
+    layers["pool1"] = nn.MaxPool2d(2, 2)
+    layers["convblock4"] = conv_block(10, 10, padding=0, dropout=False)
+    layers["convblock5"] = conv_block(10, 16, padding=0, dropout=False)
+    layers["convblock6"] = conv_block(16, 10, padding=0, dropout=False)
+    layers["convblock7"] = conv_block(10, 10, padding=0, dropout=False)
+    layers["convblock8"] = conv_block(10, 10, padding=0, dropout=False)
+    layers["convblock9"] = bare_conv(10, 10, kernel_size=2)
+    return nn.Sequential(layers)
+
+
+def reference_separable(widths):
+    """Return a depthwise-separable network as a flat `Sequential` in the default memory format."""
+    first_width = widths.before_pool[0]
+    layers = [nn.Conv2d(1, first_width, 3, bias=False), nn.BatchNorm2d(first_width), nn.ReLU()]
+    inputs = first_width
+    for outputs in widths.before_pool[1:]:
+        layers += separable_layers(inputs, outputs)
+        inputs = outputs
+    layers.append(nn.MaxPool2d(2))
+    for outputs in widths.after_pool:
+        layers += separable_layers(inputs, outputs)
+        inputs = outputs
+    layers.append(nn.AdaptiveAvgPool2d(1))
+    layers.append(nn.Conv2d(inputs, 10, 1, bias=False))
+    return nn.Sequential(*layers)
+
+
+def separable_layers(inputs, outputs):
+    return [
+        nn.Conv2d(inputs, inputs, 3, groups=inputs, bias=False),
+        nn.BatchNorm2d(inputs),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    ]
+
+
+def reference(name):
+    """Return the reference implementation of a model, by name."""
     if name == "Model1":
-        last = [nn.Conv2d(10, 10, 1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Dropout(d)]
-        names = "convblock1 convblock2 convblock3 pool1 convblock4 convblock5 pool2 convblock6 gap convblock7"
-        layers = [block(1, 8, drop=d), block(8, 16, drop=d), alone(16, 10, 1), nn.MaxPool2d(2, 2)]
-        layers += [block(10, 10, drop=d), block(10, 10, 1, d), nn.MaxPool2d(2, 2), block(10, 10, 1, d)]
-        layers += [nn.Sequential(nn.AvgPool2d(5)), nn.Sequential(*last)]
-    else:
-        names = "convblock1 convblock2 convblock3 pool1 " + " ".join(f"convblock{n}" for n in range(4, 10))
-        layers = [block(1, 8), block(8, 16), alone(16, 10, 1), nn.MaxPool2d(2, 2), block(10, 10)]
-        layers += [block(10, 16), block(16, 10), block(10, 10), block(10, 10), alone(10, 10, 2)]
-    network = nn.Sequential()
-    for attribute, layer in zip(names.split(), layers, strict=True):
-        network.add_module(attribute, layer)
-    return network
+        return reference_model1()
+    if name in ("Model2", "Model3"):
+        return reference_model2()
+    return reference_separable(WIDTHS[name])
 
 
-def separable(widths):
-    """Model4's layout, in one row and in torch's usual memory order."""
-    layers = [nn.Conv2d(1, widths[0], 3, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
-    for number, (i, o) in enumerate(zip(widths, widths[1:]), 2):
-        depthwise, mix = nn.Conv2d(i, i, 3, groups=i, bias=False), nn.Conv2d(i, o, 1, bias=False)
-        layers += [depthwise, nn.BatchNorm2d(i), mix, nn.BatchNorm2d(o), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] if number == 3 else []
-    return nn.Sequential(*layers, nn.AvgPool2d(3), nn.Conv2d(widths[-1], 10, 1, bias=False))
+def create_with_reference(name):
+    """Return a model and its reference, in float64 and with the same weights."""
+    model = create_model(name).double()
+    expected = reference(name).double()
+    state = expected.state_dict()
+    if name in WIDTHS:  # the flat reference has other parameter names
+        state = OrderedDict(zip(model.state_dict(), state.values(), strict=True))
+    model.load_state_dict(state, strict=True)
+    return model, expected
 
 
-LAYOUTS = {
-    "Model1": (published("Model1"), 4312),
-    "Model2": (published("Model2"), 7524),
-    "Model3": (published("Model3"), 7524),
-    "Model4": (separable([16, 16, 24, 32, 36, 36, 36]), 7808),
-    "Model5": (separable([14, 14, 16, 24, 24, 24, 20]), 4310),
-}
+def images():
+    return torch.randn(16, 1, 28, 28, dtype=torch.float64) * 2 + 1
 
 
-@pytest.mark.parametrize("name", models.MODELS)
-def test_the_layout_with_the_same_weights_gives_the_same_output(name):
-    """In float64, training and then testing with the statistics that training left."""
-    (layout, count), ours = LAYOUTS[name], models.create_model(name)
-    weights = [p for p in ours.parameters() if p.dim() == 4]
-    assert all(w.is_contiguous(memory_format=models.MODELS[name].memory_format) for w in weights)
-    assert sum(p.numel() for p in ours.parameters()) == count
-    state, images = layout.state_dict(), torch.randn(16, 1, 28, 28).double() * 2 + 1
-    if not isinstance(layout[0], nn.Sequential):  # the row has other names
-        state = dict(zip(ours.state_dict(), state.values(), strict=True))
-    ours.load_state_dict(state, strict=True)
-    for training in (True, False):
-        outputs = []
-        for network in (layout, ours):
-            torch.manual_seed(3)
-            outputs.append(network.double().train(training)(images).flatten(1))
-        torch.testing.assert_close(outputs[1], torch.log_softmax(outputs[0], dim=1))
+def assert_same_output(model, expected, data):
+    torch.manual_seed(3)  # of dropout
+    output = model(data)
+    torch.manual_seed(3)
+    logits = expected(data).flatten(1)
+    assert output.shape == (16, 10)
+    torch.testing.assert_close(output, torch.log_softmax(logits, dim=1))
+
+
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def test_there_are_five_models():
+    assert list(MODELS) == ["Model1", "Model2", "Model3", "Model4", "Model5"]
+
+
+@every_model
+def test_model_matches_reference_with_same_weights_in_training_mode(name):
+    model, expected = create_with_reference(name)
+    assert_same_output(model.train(), expected.train(), images())
+
+
+@every_model
+def test_model_matches_reference_with_the_statistics_of_training(name):
+    model, expected = create_with_reference(name)
+    data = images()
+    assert_same_output(model.train(), expected.train(), data)  # updates the running statistics
+    assert_same_output(model.eval(), expected.eval(), data)
+
+
+@every_model
+def test_model_and_reference_have_the_same_gradients(name):
+    """An in-place ReLU must not change what another layer needs."""
+    model, expected = create_with_reference(name)
+    data = images()
+    torch.manual_seed(3)
+    model(data)[:, 3].sum().backward()
+    torch.manual_seed(3)
+    torch.log_softmax(expected(data).flatten(1), dim=1)[:, 3].sum().backward()
+    for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
 
 
 @pytest.mark.parametrize(
-    "name, fields, mult_adds",
+    ("name", "count"),
     [
-        # by hand: r += (kernel - 1) · jump over the convolutions and pools, in order, and
-        # 72·26² + 1152·24² + 160·24² + 900·10² + 900·10² + 900·5² + 100, + 128 of BatchNorm
-        ("Model1", [3, 5, 5, 6, 10, 14, 16, 24, 40, 40], 1_007_112),
-        ("Model3", [3, 5, 5, 6, 10, 14, 18, 22, 26, 28], 1_056_944),
-        # 144·(26² + 24² + 22²) + 256·24² + 384·22² + (216 + 768)·9² + (288 + 1152)·7²
-        # + (324 + 1296)·(5² + 3²) + 360, + 712 of BatchNorm
-        ("Model4", [3, 5, 5, 7, 7, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28], 789_712),
+        pytest.param("Model1", 4312, id="Model1"),
+        pytest.param("Model2", 7524, id="Model2"),
+        pytest.param("Model3", 7524, id="Model3"),
+        pytest.param("Model4", 7808, id="Model4"),
+        pytest.param("Model5", 4310, id="Model5"),
     ],
 )
-def test_the_summary(name, fields, mult_adds):
-    model = models.create_model(name)
-    *lines, total = [line.split() for line in utils.summarise(model).splitlines()[1:]]
-    spatial = [line for line in lines if "Conv" in line[1] or "Pool" in line[1]]
-    assert [int(line[-1]) for line in spatial] == fields
-    count = sum(p.numel() for p in model.parameters())
-    assert total == ["total", f"{count:,}", f"{mult_adds:,}", str(fields[-1])]
-    assert sum(int(line[-3].replace(",", "")) for line in lines) == count
-    assert "Units" not in utils.summarise(model)
+def test_number_of_parameters(name, count):
+    parameters = create_model(name).parameters()
+    assert sum(parameter.numel() for parameter in parameters) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_format"),
+    [
+        pytest.param("Model1", torch.contiguous_format, id="Model1"),
+        pytest.param("Model2", torch.contiguous_format, id="Model2"),
+        pytest.param("Model3", torch.contiguous_format, id="Model3"),
+        pytest.param("Model4", torch.channels_last, id="Model4"),
+        pytest.param("Model5", torch.channels_last, id="Model5"),
+    ],
+)
+def test_weights_are_in_the_memory_format(name, memory_format):
+    for parameter in create_model(name).parameters():
+        if parameter.dim() == 4:
+            assert parameter.is_contiguous(memory_format=memory_format)
+
+
+@every_model
+def test_input_is_not_changed(name):
+    data = torch.randn(4, 1, 28, 28)
+    before = data.clone()
+    create_model(name)(data)
+    assert torch.equal(data, before)
+
+
+def test_dropout_of_model1_can_be_disabled():
+    model = Model1(dropout=0.0).train()
+    data = torch.randn(4, 1, 28, 28)
+    assert torch.equal(model(data), model(data))
+
+
+def test_same_seed_gives_the_same_weights():
+    torch.manual_seed(1)
+    first = create_model("Model4")
+    torch.manual_seed(1)
+    second = create_model("Model4")
+    for parameter, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
+def test_unknown_model_is_rejected():
+    with pytest.raises(ValueError, match="^unknown model 'Model9': choose one of Model1, Model2, Model3, "):
+        create_model("Model9")

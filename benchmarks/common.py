@@ -1,0 +1,189 @@
+"""What the benchmark programs share: networks, training, CSV files and the recorded runs."""
+
+import csv
+import io
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+import utils
+from model import Network, conv, first_block, separable_block
+
+ROOT = Path(utils.__file__).resolve().parent
+EPOCHS = 15
+SEEDS = (1, 2, 3, 4, 5)
+ACCURACY_COLUMNS = {  # of accuracy.csv, with the field of `utils.History` that each one records
+    "train_loss": "train_losses",
+    "train_acc": "train_acc",
+    "test_loss": "test_losses",
+    "test_acc": "test_acc",
+    "learning_rate": "learning_rates",
+    "seconds": "seconds",
+}
+
+
+class Published(NamedTuple):
+    """The best accuracies of a published run, in percent."""
+
+    train_acc: float
+    test_acc: float
+
+
+PUBLISHED = {
+    "Model1": Published(train_acc=88.88, test_acc=98.53),
+    "Model2": Published(train_acc=99.50, test_acc=99.11),
+    "Model3": Published(train_acc=99.50, test_acc=99.28),
+}
+
+
+class Candidate(Network):
+    """A network like Model4, with other numbers of channels.
+
+    `before` and `after` list the output channels of the blocks before and after the pool. With
+    Model4's numbers, the same seed gives the same weights under the same names.
+    """
+
+    memory_format = torch.channels_last
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.block1 = first_block(before[0])
+        channels = before[0]
+        number = 1
+        for width in before[1:]:
+            number += 1
+            self.add_module(f"block{number}", separable_block(channels, width))
+            channels = width
+        self.pool = nn.MaxPool2d(2)
+        for width in after:
+            number += 1
+            self.add_module(f"block{number}", separable_block(channels, width))
+            channels = width
+        self.gap = nn.AdaptiveAvgPool2d(1)
+        self.logits = conv(channels, 10)
+
+
+def count_parameters(model):
+    """Return the number of parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def checkpoint_path(name):
+    """Return the path of a checkpoint in the folder `S7_CHECKPOINTS` (default `checkpoints`)."""
+    return Path(utils.setting_from_env("CHECKPOINTS", "checkpoints")) / f"{name}.pt"
+
+
+def train_model(model, recipe, train_set, test_set, settings, path, device="cpu"):
+    """Train as the notebook does; return the `History`.
+
+    `settings` is what `utils.run_settings` returns. An interrupted run is resumed from the checkpoint
+    at `path`. Raise ValueError if the checkpoint was created with different settings.
+    """
+    train_loader = utils.BatchLoader(train_set, recipe.batch_size, device, shuffle=True)
+    test_loader = utils.BatchLoader(test_set, recipe.batch_size, device)
+    optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
+    scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
+
+    run = utils.Run(path, settings, model, optimizer, scheduler, resume=True)
+    for epoch in run.epochs():
+        train_loader.augmentation = recipe.augmentation_for(epoch, settings["epochs"])
+        train_loss, train_acc = utils.train(model, device, train_loader, optimizer, F.nll_loss)
+        test_loss, test_acc = utils.test(model, device, test_loader, F.nll_loss)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(test_loss)
+        else:
+            scheduler.step()
+        run.record(train_loss, train_acc, test_loss, test_acc)
+    return run.history
+
+
+def default_device():
+    """Return "cuda" if there is a GPU that PyTorch can use, otherwise "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "cpu"
+
+
+def machine_columns(device):
+    """Return the columns of a row that describe the machine, as a dictionary."""
+    hardware = "CPU"
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    return {"device": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def read_rows(path):
+    """Return the rows of a CSV file as dictionaries of strings; no rows if there is no file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def append_rows(rows, path):
+    """Append dictionaries to a CSV file, which is created if it does not exist.
+
+    There is a single write, so that a killed process leaves all of the rows or none.
+    """
+    text = csv_text(rows, header=not Path(path).exists())
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+def write_rows(rows, path):
+    """Write dictionaries to a CSV file and overwrite its contents."""
+    Path(path).write_text(csv_text(rows, header=True), encoding="utf-8", newline="")
+
+
+def csv_text(rows, header):
+    """Return dictionaries with the same keys as CSV, below a line with the keys if `header` is true."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def recorded_runs(rows):
+    """Return the runs that the rows of accuracy.csv contain.
+
+    They are a dictionary from (model, schedule) to a list of `utils.History`, one per seed in ascending
+    order. Models 2 and 3 are the same network. If Model3's learning rate never dropped, its runs are
+    bit-identical to runs of both models at a constant rate, and are returned under those keys too.
+    """
+    by_seed = {}
+    for row in rows:
+        history = by_seed.setdefault((row["model"], row["schedule"], int(row["seed"])), utils.History())
+        for column, name in ACCURACY_COLUMNS.items():
+            getattr(history, name).append(float(row[column]))
+    runs = {}
+    for model, schedule, seed in sorted(by_seed):
+        runs.setdefault((model, schedule), []).append(by_seed[model, schedule, seed])
+    model3_runs = runs.get(("Model3", "described"), [])
+    rates = set()
+    for history in model3_runs:
+        rates.update(history.learning_rates)
+    if len(rates) == 1:
+        runs["Model2", "constant"] = model3_runs
+        runs["Model3", "constant"] = model3_runs
+    return runs
+
+
+def mean_of_last_five(history):
+    """Return the mean test accuracy of the last five epochs of a run, in percent."""
+    return statistics.mean(history.test_acc[-5:])
+
+
+def lowest_of_last_five(history):
+    """Return the lowest test accuracy of the last five epochs of a run, in percent."""
+    return min(history.test_acc[-5:])

@@ -1,0 +1,35 @@
+"""Helpers that several test files share."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Widths(NamedTuple):
+    """The output channels of the blocks of a depthwise-separable network."""
+
+    before_pool: list
+    after_pool: list
+
+
+WIDTHS = {
+    "Model4": Widths([16, 16, 24], [32, 36, 36, 36]),
+    "Model5": Widths([14, 14, 16], [24, 24, 24, 20]),
+}
+
+
+def assert_identical(one, two):
+    """Compare nested dictionaries and lists bit for bit, ignoring wall-clock times."""
+    assert type(one) is type(two)
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one.keys() - {"seconds"}:
+            assert_identical(one[key], two[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two)
+        for first, second in zip(one, two, strict=True):
+            assert_identical(first, second)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
