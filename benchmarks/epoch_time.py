@@ -39,7 +39,7 @@ from model import MODELS, create_model
 
 CSV = ROOT / "benchmarks" / "epoch_time.csv"
 BATCH_SIZE = 128
-QUICK_SHARE = 10  # --quick and the warm-up use one image in ten
+QUICK_SHARE = 10  # --quick and the warm-up use one image in this many
 DATALOADER = "DataLoader, 0 workers"
 REPOSITORY = "this repository"
 COMPUTE_ONLY = "compute only"
@@ -67,7 +67,47 @@ def create_network(name, memory_format=None):
     return model.to(memory_format=memory_format or model.memory_format), recipe
 
 
-def standard_loader(train, workers, device, augmentation, quick):
+class LoaderKey(NamedTuple):
+    """What distinguishes one loader from another. Variants share loaders, to save memory."""
+
+    name: str
+    phase: str
+    is_augmented: bool
+
+
+def loader_key(variant):
+    """Return the key of the loader that a variant reads."""
+    _, recipe = create_network(variant.model)
+    is_augmented = variant.phase == "train" and recipe.augmentation is not None
+    if variant.name.startswith("DataLoader"):
+        return LoaderKey(variant.name, variant.phase, is_augmented)
+    if variant.name == COMPUTE_ONLY:
+        return LoaderKey(variant.name, variant.phase, is_augmented=False)
+    return LoaderKey(REPOSITORY, variant.phase, is_augmented)
+
+
+def create_loader(key, device, quick):
+    """Return the loader for a `LoaderKey`, with the augmentation of Models 4 and 5 if there is one."""
+    is_train = key.phase == "train"
+    augmentation = None
+    if key.is_augmented:
+        augmentation = utils.RECIPES["Model4"].augmentation
+    if key.name.startswith("DataLoader"):
+        workers = int(key.name.split()[1])
+        return standard_loader(is_train, workers, device, augmentation, quick)
+    train_set, test_set = utils.load_data(standin=False)
+    dataset = test_set
+    if is_train:
+        dataset = train_set
+    if quick:
+        dataset = dataset[: len(dataset) // QUICK_SHARE]
+    loader = utils.BatchLoader(dataset, BATCH_SIZE, device, shuffle=is_train, augmentation=augmentation)
+    if key.name == COMPUTE_ONLY:
+        return list(loader)
+    return loader
+
+
+def standard_loader(is_train, workers, device, augmentation, quick):
     """Return a standard DataLoader, as in most MNIST examples."""
     steps = [transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,))]
     if augmentation is not None:
@@ -78,37 +118,11 @@ def standard_loader(train, workers, device, augmentation, quick):
         )
         steps.insert(0, rotate_shift_scale)
     root = Path(os.environ.get("MNIST_ROOT", "./data")).expanduser()
-    dataset = datasets.MNIST(root, train, transforms.Compose(steps))
+    dataset = datasets.MNIST(root, is_train, transforms.Compose(steps))
     if quick:
         dataset = Subset(dataset, range(len(dataset) // QUICK_SHARE))
-    return DataLoader(
-        dataset, BATCH_SIZE, shuffle=train, num_workers=workers, pin_memory=device == "cuda"
-    )
-
-
-def repository_loader(train, device, augmentation, quick):
-    """Return this repository's loader."""
-    train_set, test_set = utils.load_data(standin=False)
-    dataset = test_set
-    if train:
-        dataset = train_set
-    if quick:
-        dataset = dataset[: len(dataset) // QUICK_SHARE]
-    return utils.BatchLoader(dataset, BATCH_SIZE, device, shuffle=train, augmentation=augmentation)
-
-
-def create_loader(variant, device, quick):
-    """Return what a variant iterates over."""
-    train = variant.phase == "train"
-    augmentation = None
-    if train:
-        augmentation = create_network(variant.model)[1].augmentation
-    if variant.name.startswith("DataLoader"):
-        workers = int(variant.name.split()[1])
-        return standard_loader(train, workers, device, augmentation, quick)
-    if variant.name == COMPUTE_ONLY:
-        return list(repository_loader(train, device, augmentation, quick))
-    return repository_loader(train, device, augmentation, quick)
+    on_gpu = device == "cuda"
+    return DataLoader(dataset, BATCH_SIZE, shuffle=is_train, num_workers=workers, pin_memory=on_gpu)
 
 
 def train_compute_only(model, batches, optimizer):
@@ -155,16 +169,15 @@ def measure(variant, loader, device):
     return time.perf_counter() - start
 
 
-def warm_up(variant, device):
-    """Run a variant on one image in ten, so that the measurement does not include what happens once."""
-    measure(variant, create_loader(variant, device, quick=True), device)
-
-
 def measure_untuned(variant, device, quick, threads):
-    """Return the seconds of one pass in this process, which has not called `keep_freed_memory`."""
+    """Return the seconds of one pass in this process, which has not called `keep_freed_memory`.
+
+    It follows a pass over one image in ten, so that it does not include what happens only once.
+    """
     torch.set_num_threads(threads)
-    warm_up(variant, device)
-    return measure(variant, create_loader(variant, device, quick), device)
+    key = loader_key(variant)
+    measure(variant, create_loader(key, device, quick=True), device)
+    return measure(variant, create_loader(key, device, quick), device)
 
 
 def measure_in_new_process(variant, device, quick):
@@ -194,19 +207,23 @@ def list_variants(model, device):
 def measure_rounds(variants, rounds, device, quick):
     """Return a dictionary from `Variant` to its seconds in each round."""
     loaders = {}
+    short_loaders = {}
     for variant in variants:
-        if variant.name != UNTUNED:
-            loaders[variant] = create_loader(variant, device, quick)
+        key = loader_key(variant)
+        if key not in loaders:
+            loaders[key] = create_loader(key, device, quick)
+            short_loaders[key] = create_loader(key, device, quick=True)
     utils.keep_freed_memory()
-    for variant in tqdm(loaders, desc="warm-up"):
-        warm_up(variant, device)
+    in_this_process = [variant for variant in variants if variant.name != UNTUNED]
+    for variant in tqdm(in_this_process, desc="warm-up"):
+        measure(variant, short_loaders[loader_key(variant)], device)
     seconds = {variant: [] for variant in variants}
     for number in tqdm(range(rounds), desc="rounds"):
         for variant in random.Random(number).sample(variants, len(variants)):
             if variant.name == UNTUNED:
                 seconds[variant].append(measure_in_new_process(variant, device, quick))
             else:
-                seconds[variant].append(measure(variant, loaders[variant], device))
+                seconds[variant].append(measure(variant, loaders[loader_key(variant)], device))
     return seconds
 
 

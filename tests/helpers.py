@@ -13,8 +13,8 @@ class Widths(NamedTuple):
 
 
 WIDTHS = {
-    "Model4": Widths([16, 16, 24], [32, 36, 36, 36]),
-    "Model5": Widths([14, 14, 16], [24, 24, 24, 20]),
+    "Model4": Widths([16, 16], [32, 32, 32, 32, 40]),
+    "Model5": Widths([16, 16], [24, 24, 24, 28]),
 }
 
 

@@ -53,7 +53,7 @@ class Expected:
 
 def test_fifty_steps_match_a_plain_pytorch_loop(small):
     """The reference is a `DataLoader` with per-image transforms."""
-    dataset = small(50 * 64)
+    dataset = small(50 * 20)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     samples = []
     for image, label in zip(dataset.images, dataset.labels, strict=True):
@@ -62,11 +62,11 @@ def test_fifty_steps_match_a_plain_pytorch_loop(small):
     reference = create_model("Model3")
     reference.load_state_dict(model.state_dict())
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.01, momentum=0.9)
-    for data, target in DataLoader(samples, batch_size=64):
+    for data, target in DataLoader(samples, batch_size=20):
         optimizer.zero_grad()
         F.nll_loss(reference(data), target).backward()
         optimizer.step()
-    train(model, utils.BatchLoader(dataset, 64, "cpu"))
+    train(model, utils.BatchLoader(dataset, 20, "cpu"))
     torch.testing.assert_close(list(model.parameters()), list(reference.parameters()), atol=1e-5, rtol=0)
 
 
