@@ -1,13 +1,16 @@
 """Everything except the networks, in the notebook's order.
 
-Sections: recipes and settings, data, training, runs, plots and reports, own digit. Errors about bad
-input are one line that says what is wrong and what to do.
+Sections: recipes and settings, data, training, runs, plots and reports, own digit, drawing field.
+Errors about bad input are one line that says what is wrong and what to do.
 """
 
+import base64
 import contextlib
 import ctypes
+import html
 import io
 import itertools
+import json
 import math
 import os
 import socket
@@ -28,6 +31,7 @@ from IPython import get_ipython
 from IPython.core.pylabtools import select_figure_formats
 from IPython.display import display
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
@@ -594,6 +598,13 @@ class Run:
         """What was trained on what, for example "Model4 on MNIST"."""
         return f"{self.settings['model']} on {self.settings['data']}"
 
+    @property
+    def description(self):
+        """The title and the test accuracy of the last completed epoch."""
+        if self.history.epochs == 0:
+            return f"{self.title}: no completed epoch"
+        return f"{self.title}: test accuracy {self.history.test_acc[-1]:.2f} %"
+
     def epochs(self):
         """Yield the remaining epochs, from 1 to `settings["epochs"]`.
 
@@ -639,7 +650,12 @@ class Run:
         if not self.path.exists():
             return
         try:
-            os.replace(self.path, self._free_name())
+            previous = self._free_name()
+            try:
+                os.replace(self.path, previous)
+            except OSError:
+                previous.unlink()  # an empty file
+                raise
         except OSError as error:
             raise OSError(self._write_failure(error)) from None
 
@@ -727,6 +743,8 @@ def read_checkpoint(path):
         if corrupted is not None:
             raise ValueError(f"{corrupted} has another CRC")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError("it contains no dictionary")
         for name in ("model", "optimizer", "scheduler", "settings", "history"):
             if not isinstance(state[name], dict):
                 raise TypeError(f"{name} is not a dictionary")
@@ -792,7 +810,7 @@ def layer_table(model):
 
 def kernel_and_stride(info):
     """Return the side length and the stride of the window of a torchinfo layer; 1 and 1 without one."""
-    if isinstance(info.module, torch.nn.AdaptiveAvgPool2d):
+    if isinstance(info.module, nn.AdaptiveAvgPool2d):
         size = info.input_size[-1] // info.output_size[-1]
         return size, size
     kernel = getattr(info.module, "kernel_size", 1)
@@ -986,7 +1004,7 @@ def plot_mistakes(mistakes, title):
 
 def plot_confusion(confusion, title):
     """Plot the confusion matrix, its off-diagonal counts color-coded, and the accuracy per digit."""
-    accuracy = 100 * confusion.diag() / confusion.sum(dim=1)
+    accuracy = 100 * confusion.diag() / confusion.sum(dim=1).clamp(min=1)  # a digit may not occur
     wrong = confusion.clone().fill_diagonal_(0)
     figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
     axis.imshow(wrong.numpy(), cmap="Oranges", vmax=max(2 * wrong.max().item(), 1))
@@ -1070,3 +1088,118 @@ def plot_prediction(image, probabilities):
     right.bar(range(10), probabilities.tolist(), color=TEST_COLOR)
     right.set(title=title, xticks=range(10), ylim=(0, 1.05), xlabel="digit", ylabel="probability")
     show_figure(figure, "prediction", f"Image of a digit, its preprocessed version, and the {title}")
+
+
+# ---- drawing field ----
+
+# The options without which draw.html cannot compute a layer.
+SUPPORTED_OPTIONS = {
+    nn.Conv2d: {"stride": 1, "dilation": 1, "padding_mode": "zeros", "bias": None},
+    nn.BatchNorm2d: {"affine": True, "track_running_stats": True},
+    nn.ReLU: {},
+    nn.MaxPool2d: {"padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False},
+    nn.AvgPool2d: {"padding": 0, "ceil_mode": False, "divisor_override": None},
+    nn.AdaptiveAvgPool2d: {"output_size": 1},
+}
+
+
+class DrawingField:
+    """What `drawing_field` returns: HTML in a notebook, and a phrase elsewhere."""
+
+    def __init__(self, html):
+        self.html = html
+
+    def _repr_html_(self):
+        return self.html
+
+    def __repr__(self):
+        return "field to draw a digit in"
+
+
+def drawing_field(model, description):
+    """Return a field to draw a digit in, which a notebook displays; the model answers in the page.
+
+    The page needs no kernel, no server and no network: `draw.html` contains the program, and the weights
+    are embedded. `description`, for example `run.description`, is shown under the field. Raise
+    FileNotFoundError if `draw.html` is not next to this file.
+    """
+    path = Path(__file__).with_name("draw.html")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: copy draw.html from the repository to this folder")
+    network = {
+        "description": description,
+        "mean": MEAN,
+        "std": STD,
+        "layers": export_layers(model),
+    }
+    page = path.read_text(encoding="utf-8")
+    return DrawingField(page.replace("NETWORK_JSON", html.escape(json.dumps(network))))
+
+
+def export_layers(model):
+    """Return the layers of a model in evaluation mode, in their order, as dictionaries for `draw.html`.
+
+    BatchNorm becomes a scale and a shift per channel; dropout and identity are left out. The model must
+    apply its layers in the order of their definition, as `Network` does. Raise ValueError, naming the
+    layer, if `draw.html` cannot compute one.
+    """
+    layers = []
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, (nn.Dropout, nn.Identity)) or list(layer.children()):
+            continue
+        check_supported(name, layer)
+        layers.append(export_layer(layer))
+    return layers
+
+
+def check_supported(name, layer):
+    """Raise ValueError if `draw.html` cannot compute a layer or one of its options."""
+    remedy = "replace it, or extend draw.html and export_layers"
+    if type(layer) not in SUPPORTED_OPTIONS:
+        raise ValueError(f"draw.html cannot compute the layer {name}, {layer}: {remedy}")
+    required = dict(SUPPORTED_OPTIONS[type(layer)])
+    if isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
+        required["stride"] = number(layer.kernel_size)
+    for option, value in required.items():
+        if number(getattr(layer, option)) != value:
+            raise ValueError(f"draw.html cannot compute the {option} of the layer {name}, {layer}: {remedy}")
+    for option in ("kernel_size", "padding"):
+        if not isinstance(number(getattr(layer, option, 0)), int):
+            raise ValueError(f"draw.html cannot compute the {option} of the layer {name}, {layer}: {remedy}")
+
+
+def number(value):
+    """Return a pair of equal values, such as a kernel's height and width, as one value."""
+    if isinstance(value, tuple) and len(set(value)) == 1:
+        return value[0]
+    return value
+
+
+def export_layer(layer):
+    """Return a supported layer as a dictionary."""
+    if isinstance(layer, nn.Conv2d):
+        return {
+            "kind": "conv",
+            "channels": layer.out_channels,
+            "kernel": number(layer.kernel_size),
+            "padding": number(layer.padding),
+            "groups": layer.groups,
+            "weight": encode(layer.weight),
+        }
+    if isinstance(layer, nn.BatchNorm2d):
+        scale = layer.weight.double() / torch.sqrt(layer.running_var.double() + layer.eps)
+        shift = layer.bias.double() - layer.running_mean.double() * scale
+        return {"kind": "scale", "scale": encode(scale), "shift": encode(shift)}
+    if isinstance(layer, nn.ReLU):
+        return {"kind": "relu"}
+    if isinstance(layer, nn.MaxPool2d):
+        return {"kind": "maxpool", "size": number(layer.kernel_size)}
+    if isinstance(layer, nn.AvgPool2d):
+        return {"kind": "avgpool", "size": number(layer.kernel_size)}
+    return {"kind": "avgpool", "size": None}  # of the whole image
+
+
+def encode(tensor):
+    """Return the numbers of a tensor as text: float32, little-endian, in base64."""
+    numbers = tensor.detach().cpu().float().numpy()
+    return base64.b64encode(numbers.astype("<f4").tobytes()).decode()

@@ -76,7 +76,7 @@ def plot_overview(runs):
             parameters -= DODGE
         elif name == "Model3":
             parameters += DODGE
-        values = [mean_of_last_five(history) for history in runs[name, "described"]]
+        values = list(map(mean_of_last_five, runs[name, "described"]))
         mean = statistics.mean(values)
         axis.scatter([parameters] * len(values), values, color=color, alpha=0.6, s=30)
         axis.plot(parameters, mean, color=color, marker="_", markersize=22, markeredgewidth=2.5)

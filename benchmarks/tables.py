@@ -86,6 +86,11 @@ def epoch_of_target(histories):
     return str(latest)
 
 
+def numbers(rows, column):
+    """Return a column of some rows as numbers."""
+    return [float(row[column]) for row in rows]
+
+
 # ---- tables from accuracy.csv ----
 
 
@@ -95,10 +100,9 @@ def overview_table(runs):
     for name in MODELS:
         histories = runs.get((name, "described"), [])
         if histories:
-            means = [mean_of_last_five(history) for history in histories]
             lowest = min(map(lowest_of_last_five, histories))
             parameters = count_parameters(create_model(name))
-            test_acc = mean_and_deviation(means)
+            test_acc = mean_and_deviation(list(map(mean_of_last_five, histories)))
             rows.append([name, f"{parameters:,}", test_acc, f"{lowest:.2f}", epoch_of_target(histories)])
     header = [
         "model",
@@ -150,7 +154,7 @@ def schedules_table(name, runs):
         best_train = [max(history.train_acc) for history in histories]
         best_test = [max(history.test_acc) for history in histories]
         last = [history.test_acc[-1] for history in histories]
-        lowest = [lowest_of_last_five(history) for history in histories]
+        lowest = list(map(lowest_of_last_five, histories))
         rows.append(
             [
                 title,
@@ -187,7 +191,7 @@ def seeds_table(name, runs):
             ]
         )
     if histories:
-        means = [mean_of_last_five(history) for history in histories]
+        means = list(map(mean_of_last_five, histories))
         rows.append(
             [
                 "all",
@@ -215,7 +219,7 @@ def steps_table(runs):
         histories = runs.get((step.model, step.schedule), [])[:STEP_SEEDS]
         if not histories:
             continue
-        means = [mean_of_last_five(history) for history in histories]
+        means = list(map(mean_of_last_five, histories))
         mean = statistics.mean(means)
         gain = ""
         if previous_mean is not None:
@@ -258,9 +262,9 @@ def search_table(rows):
     lines = []
     for values, runs in group_by(rows, ["before", "after", "parameters", "changes"]).items():
         before, after, parameters, changes = values
-        mean = statistics.mean(float(run["mean_last_five"]) for run in runs)
-        lowest = min(float(run["worst_last_five"]) for run in runs)
-        loss = statistics.mean(float(run["loss_last_five"]) for run in runs)
+        mean = statistics.mean(numbers(runs, "mean_last_five"))
+        lowest = min(numbers(runs, "worst_last_five"))
+        loss = statistics.mean(numbers(runs, "loss_last_five"))
         network = f"{before} → {after}"
         recipe = f"`{changes}`"
         if changes == "{}":
@@ -275,8 +279,7 @@ def dropout_table(rows):
     """Return Model1's train accuracy for each choice of active dropout layers."""
     lines = []
     for (setting,), runs in group_by(rows, ["dropout"]).items():
-        accuracies = [float(run["train_acc"]) for run in runs]
-        lines.append([setting, mean_and_deviation(accuracies)])
+        lines.append([setting, mean_and_deviation(numbers(runs, "train_acc"))])
     return markdown_table(["active dropout", "train accuracy"], lines)
 
 
