@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 import uuid
+import warnings
 import zipfile
 from dataclasses import dataclass, field, fields, replace
 from http.client import HTTPException
@@ -1023,71 +1024,525 @@ def plot_confusion(confusion, title):
 
 # ---- own digit ----
 
+# Sizes in pixels of the longest side
+WORKING_SIZE = 256  # at which the digit is looked for
+BACKGROUND_SIZE = 48  # at which the background is estimated
+DIGIT_SIZE = 20  # of the digit in an MNIST image
+
+# Thresholds between background and ink. Brightness and ink run from 0 to 1.
+THRESHOLDS = (0.08, 0.12, 0.17, 0.23, 0.31, 0.42, 0.56)  # tried in this order, as shares of the darkest ink
+NOISE_FACTOR = 4.5  # ink exceeds the noise by at least this many standard deviations
+MIN_THRESHOLD = 0.02
+CROP_THRESHOLD = 0.15  # share of the darkest ink at which the digit is cropped
+
+# What a digit looks like
+MIN_CONTRAST = 0.07
+MIN_EXTENT = 0.035  # longest side of the digit as a share of the picture's
+MAX_ASPECT = 2.5  # width over height
+MAX_FILL = 0.7  # share of its bounding box that a digit fills, unless it is as slim as a 1
+SLIM = 0.6  # width over height
+
+
+class Components(NamedTuple):
+    """Measurements of connected components `(N,)`; number 0 is the background."""
+
+    energy: torch.Tensor  # sum of the squared ink
+    area: torch.Tensor  # in pixels
+    peak: torch.Tensor  # the most ink
+    top: torch.Tensor
+    bottom: torch.Tensor  # exclusive
+    left: torch.Tensor
+    right: torch.Tensor  # exclusive
+    touching: torch.Tensor  # number of pixels on the picture's border
+
+    @property
+    def height(self):
+        return self.bottom - self.top
+
+    @property
+    def width(self):
+        return self.right - self.left
+
+    @property
+    def extent(self):
+        return torch.maximum(self.height, self.width)
+
+
+class Candidate(NamedTuple):
+    """What may be the digit: the component `main`, alone or with others near it."""
+
+    ink: torch.Tensor  # (H, W)
+    labels: torch.Tensor  # (H, W), the component of each pixel
+    components: Components
+    main: int
+    touches_border: bool
+
+    @property
+    def energy(self):
+        return self.components.energy[self.main].item()
+
+    @property
+    def contrast(self):
+        return self.components.peak[self.main].item()
+
+
+class Digit(NamedTuple):
+    """The digit found in a picture."""
+
+    ink: torch.Tensor  # (h, w), from 0 to 1, cropped to the digit
+    box: tuple  # top, bottom, left and right as shares of the picture's height and width
+
+
+def open_picture(image):
+    """Return the PIL image of a path, a file or a PIL image, decoded and rotated as its EXIF data say."""
+    if isinstance(image, (str, os.PathLike)):
+        image = Image.open(os.path.expanduser(image))
+    elif not isinstance(image, Image.Image):
+        image = Image.open(image)
+    return ImageOps.exif_transpose(image)
+
+
+def stretch_brightness(image):
+    """Return an image of 16 or 32 bits per pixel as floats from 0 to 255; PIL would clip at 255."""
+    low, high = image.getextrema()
+    scale = 255 / max(high - low, 1e-9)
+    return image.convert("F").point(lambda value: value * scale - low * scale)
+
 
 def read_picture(image):
-    """Return the brightness `(H, W)` in [0, 1] of a path's or a PIL image's pixels.
+    """Return the brightness `(H, W)`, float32 from 0 to 1, of a picture.
 
-    Transparent areas are filled with a background that contrasts with the digit.
+    `image` is a path, a file opened in binary mode or a PIL image of any color mode. The EXIF rotation is
+    applied. What is transparent becomes the background that the ink stands out from. Raise ValueError if
+    `image` is something else, if it cannot be decoded, or if it has so many pixels that PIL takes it for a
+    decompression bomb.
     """
+    is_path = isinstance(image, (str, os.PathLike))
+    if not is_path and not isinstance(image, Image.Image) and not hasattr(image, "read"):
+        raise ValueError(
+            f"a picture cannot be given as {type(image).__name__}:"
+            " give a path, a file opened in binary mode or a PIL image"
+        )
     try:
-        image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
-        if image.mode[0] in "IF":  # 16 and 32 bits, which PIL would clip at 255
-            low, high = image.getextrema()
-            image = image.convert("F").point(lambda value: value * (255 / ((high - low) or 1)) + 0)
-        gray, alpha = pil_to_tensor(image.convert("RGBA").convert("LA")).double() / 255
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{image} cannot be read as an image ({error}): choose another file") from None
-    if alpha.min() < 1:
-        ink_is_dark = (gray * alpha).sum() < 0.5 * alpha.sum()
-        gray = gray * alpha + (1 - alpha) * ink_is_dark
-    return gray
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = open_picture(image)
+            if picture.mode[0] in "IF":
+                picture = stretch_brightness(picture)
+            gray, alpha = pil_to_tensor(picture.convert("RGBA").convert("LA"))
+    except Exception as error:  # damaged files raise nearly every type of exception
+        name = type(image).__name__
+        if is_path:
+            name = os.fspath(image)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} is not an image that can be read ({reason}): give another") from None
+    gray = gray.float().div_(255)
+    if alpha.min() == 255:
+        return gray
+    alpha = alpha.float().div_(255)
+    ink_is_dark = (gray * alpha).sum() < 0.5 * alpha.sum()
+    return gray * alpha + (1 - alpha) * ink_is_dark
+
+
+def resize(image, size):
+    """Return `image` `(H, W)` in another `size`, antialiased."""
+    return F.interpolate(image[None, None], size, mode="bilinear", antialias=True)[0, 0]
+
+
+def scaled_size(image, longest):
+    """Return the height and width that `image` has if its longest side has `longest` pixels."""
+    scale = longest / max(image.shape)
+    return [max(1, round(side * scale)) for side in image.shape]
+
+
+def shrink(image, longest):
+    """Return `image` `(H, W)` with no side longer than `longest` pixels."""
+    if max(image.shape) <= longest:
+        return image
+    return resize(image, scaled_size(image, longest))
+
+
+def smooth(image):
+    """Return `image` `(H, W)` after a 3×3 binomial filter."""
+    kernel = torch.tensor([0.25, 0.5, 0.25])
+    padded = F.pad(image[None, None], (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, torch.outer(kernel, kernel)[None, None])[0, 0]
+
+
+def estimate_noise(image):
+    """Return the standard deviation of the noise, from the smaller differences of nearby pixels.
+
+    Pixels are compared over a distance of three, as JPEG and scaling make neighbors alike. The 30th
+    percentile of |x - y| is 0.385 √2 standard deviations of normal noise; it ignores strokes.
+    """
+    distance = 3
+    down = image[distance:] - image[:-distance]
+    across = image[:, distance:] - image[:, :-distance]
+    differences = torch.cat([down.flatten(), across.flatten()]).abs()
+    if differences.numel() == 0:
+        return 0.0
+    return differences.quantile(0.3).item() / (0.385 * math.sqrt(2))
+
+
+# The background
+
+
+def border_median(image):
+    return torch.cat([image[0], image[-1], image[:, 0], image[:, -1]]).median()
+
+
+def fit_plane(image):
+    """Return the plane `(H, W)` that fits the brightness, the middle weighing more than the corners.
+
+    Minimize the absolute distances, by iteratively reweighted least squares, so that neither the digit
+    nor a table beside the page bends the plane.
+    """
+    height, width = image.shape
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    basis = torch.stack([torch.ones_like(x), x, y], dim=2).reshape(-1, 3).double()
+    values = image.reshape(-1, 1).double()
+    central = torch.exp(-(x.square() + y.square())).reshape(-1, 1)
+    ridge = 1e-6 * torch.eye(3, dtype=torch.double)  # a picture of one row has no slope along its height
+    weights = central
+    for _ in range(20):
+        weighted = basis * weights
+        plane = torch.linalg.solve(weighted.T @ basis + ridge, weighted.T @ values)
+        distance = (values - basis @ plane).abs()
+        weights = central / distance.clamp(min=0.004)
+    return (basis @ plane).reshape(height, width).float()
+
+
+def local_median(image):
+    """Return the median `(H, W)` of each pixel's surroundings, half as high and wide as the picture."""
+    height, width = image.shape
+    reach_y = max(1, height // 4)
+    reach_x = max(1, width // 4)
+    padded = F.pad(image[None, None], (reach_x, reach_x, reach_y, reach_y))
+    windows = F.unfold(padded, (2 * reach_y + 1, 2 * reach_x + 1))
+    return windows[0].median(dim=0).values.reshape(height, width)
+
+
+def estimate_background(image):
+    """Return the brightness `(H, W)` that the picture would have without ink: a plane and local medians."""
+    coarse = shrink(image, BACKGROUND_SIZE)
+    plane = fit_plane(coarse)
+    return resize(plane + local_median(coarse - plane), image.shape)
+
+
+# Connected components
+
+
+def label_components(mask):
+    """Return labels `(H, W)` of the connected components of `mask`, from 1 up; 0 is the background.
+
+    Each pixel starts with its own label. In each step it takes the largest label among its neighbors,
+    passes it on to the pixel that its old label came from, and follows the labels to their origin, so
+    that the number of steps grows only with the logarithm of a component's length.
+    """
+    inside = mask.flatten().nonzero()[:, 0]
+    count = len(inside) + 1
+    canvas = torch.zeros(mask.numel())
+    labels = torch.arange(1, count)
+    origin_of = torch.zeros(count, dtype=torch.long)
+    while True:
+        canvas[inside] = labels.float()  # exact up to 2^24
+        pooled = F.max_pool2d(canvas.reshape(1, 1, *mask.shape), 3, stride=1, padding=1)
+        neighbors = pooled.flatten()[inside].long()
+        origin_of[1:] = neighbors
+        origin_of.scatter_reduce_(0, labels, neighbors, "amax")
+        new_labels = origin_of[origin_of[neighbors]]
+        if torch.equal(new_labels, labels):
+            break
+        labels = new_labels
+    numbers = torch.zeros(mask.numel(), dtype=torch.long)
+    numbers[inside] = torch.unique(labels, return_inverse=True)[1] + 1
+    return numbers.reshape(mask.shape)
+
+
+def measure_components(labels, ink):
+    """Return the `Components` that `labels` `(H, W)` number, with the ink `(H, W)` in them."""
+    height, width = labels.shape
+    count = int(labels.max()) + 1
+    index = labels.flatten()
+    values = ink.flatten()
+    rows = torch.arange(height).repeat_interleave(width)
+    columns = torch.arange(width).repeat(height)
+    on_border = (rows == 0) | (rows == height - 1) | (columns == 0) | (columns == width - 1)
+
+    def total(numbers):
+        return torch.zeros(count).scatter_add(0, index, numbers.float())
+
+    def largest(numbers):
+        return torch.zeros(count, dtype=numbers.dtype).scatter_reduce(0, index, numbers, "amax")
+
+    return Components(
+        energy=total(values.square()),
+        area=total(torch.ones_like(values)),
+        peak=largest(values),
+        top=height - largest(height - rows),
+        bottom=largest(rows + 1),
+        left=width - largest(width - columns),
+        right=largest(columns + 1),
+        touching=total(on_border),
+    )
+
+
+# The digit among the components
+
+
+def count_border_runs(mask):
+    """Return how many separate times `mask` `(H, W)` meets the picture's border."""
+    border = torch.cat([mask[0], mask[:, -1], mask[-1].flip(0), mask[:, 0].flip(0)])
+    return int((border & ~border.roll(1)).sum())
+
+
+def find_candidate(ink, threshold):
+    """Return the most digit-like component of the pixels with more ink than `threshold`, or None.
+
+    A component that touches the picture's border is a digit only if there is no other and if it is not
+    the edge of the table, ruled paper or a line.
+    """
+    labels = label_components(ink > threshold)
+    components = measure_components(labels, ink)
+    height = components.height
+    width = components.width
+    extent = components.extent
+    fill = components.area / (height * width).clamp(min=1)
+    plausible = extent >= max(3, MIN_EXTENT * max(ink.shape))
+    plausible &= width < MAX_ASPECT * height
+    plausible &= components.peak >= max(MIN_CONTRAST, 1.3 * threshold)
+    plausible &= (fill < MAX_FILL) | (width < SLIM * height)
+    plausible[0] = False
+
+    is_inside = plausible & (components.touching == 0)
+    # A table's edge follows the border, and a line is thin for its length.
+    meets_border = plausible & (components.touching > 0)
+    meets_border &= components.area > 0.03 * extent.square()
+    fills_picture = (height == ink.shape[0]) & (width == ink.shape[1])
+    meets_border &= (components.touching < 0.6 * (height + width)) | fills_picture
+
+    inner = components.energy * is_inside
+    outer = components.energy * meets_border
+    best_inner = int(inner.argmax())
+    best_outer = int(outer.argmax())
+    if inner[best_inner] > 0.25 * outer[best_outer]:
+        return Candidate(ink, labels, components, best_inner, False)
+    if outer[best_outer] > 0 and count_border_runs(labels == best_outer) <= 10:
+        return Candidate(ink, labels, components, best_outer, True)
+    return None
+
+
+def candidates_by_threshold(ink, noise):
+    """Yield the candidates at rising thresholds, until one holds nearly all of the ink."""
+    darkest = ink.max().item()
+    for share in THRESHOLDS:
+        threshold = share * darkest
+        if threshold < max(NOISE_FACTOR * noise, MIN_THRESHOLD):
+            continue
+        candidate = find_candidate(ink, threshold)
+        if candidate is None:
+            continue
+        yield candidate
+        ink_energy = ink[ink > threshold].square().sum()
+        if not candidate.touches_border and candidate.energy > 0.9 * ink_energy:
+            return
+
+
+def find_digit(difference):
+    """Return the best candidate in `difference` `(H, W)`, the picture minus its background, or None.
+
+    Both polarities and all thresholds compete. A candidate inside the picture beats one that touches the
+    border; then the one with more energy wins, so that the lowest threshold is taken at which the digit is
+    still separate from lines and edges.
+    """
+    noise = estimate_noise(difference)
+    smoothed = difference
+    if noise > 0.01:
+        smoothed = smooth(difference)
+        noise = max(estimate_noise(smoothed), 0.4 * noise)
+    best = None
+    best_score = (False, 0.0)
+    for ink in (-smoothed, smoothed):
+        for candidate in candidates_by_threshold(ink.clamp(min=0), noise):
+            score = (not candidate.touches_border, candidate.energy)
+            if score > best_score:
+                best = candidate
+                best_score = score
+    return best
+
+
+def is_evenly_lit(difference, candidate):
+    """Return whether the background is of one brightness, apart from the candidate."""
+    components = candidate.components
+    height = components.height[candidate.main]
+    width = components.width[candidate.main]
+    paper = difference[difference.abs() < 0.3 * candidate.contrast]
+    tolerance = 0.03 + 1.5 * estimate_noise(difference)
+    min_share = 0.4
+    if height > 0.95 * difference.shape[0] and width > 0.95 * difference.shape[1]:
+        # Cropped tightly, the picture shows little paper, and much of that is the strokes' soft edge.
+        tolerance += 0.1 * candidate.contrast
+        min_share = 0.1
+    if paper.numel() < min_share * difference.numel():
+        return False
+    quartiles = paper.quantile(torch.tensor([0.25, 0.75]))
+    return bool(quartiles[1] - quartiles[0] < tolerance)
+
+
+def find_on_background(picture):
+    """Return the difference `(H, W)` from the background and the best candidate in it, which may be None.
+
+    If the picture is evenly lit, the background is its border's median; this reads digits that fill the
+    picture. Otherwise it is estimated locally, and a candidate at the border may be a shadow.
+    """
+    difference = picture - border_median(picture)
+    candidate = find_digit(difference)
+    if candidate is not None and is_evenly_lit(difference, candidate):
+        return difference, candidate
+    difference = picture - estimate_background(picture)
+    candidate = find_digit(difference)
+    if candidate is not None and candidate.touches_border:
+        candidate = None
+    return difference, candidate
+
+
+def refuse_second_digit(components, main, large):
+    """Raise ValueError if a component as tall as a digit stands beside the main one."""
+    height = components.height
+    gap = torch.maximum(components.left - components.right[main], components.left[main] - components.right)
+    taller = torch.maximum(height, height[main])
+    second = large & (gap > 0.04 * taller)
+    second &= height > 0.5 * height[main]
+    second &= components.energy > 0.25 * components.energy[main]
+    if second.any():
+        raise ValueError("more than one digit found: give a picture of one digit")
+
+
+def select_strokes(candidate):
+    """Return the mask `(H, W)` of the main component and of the large ones near it, such as a 5's bar."""
+    components = candidate.components
+    main = candidate.main
+    large = components.area >= 0.03 * components.area[main]
+    large &= components.peak >= 0.4 * components.peak[main]
+    large[0] = False
+    if not candidate.touches_border:
+        large &= components.touching == 0
+    refuse_second_digit(components, main, large)
+    reach = 0.2 * components.extent[main]
+    near = components.bottom > components.top[main] - reach
+    near &= components.top < components.bottom[main] + reach
+    near &= components.right > components.left[main] - reach
+    near &= components.left < components.right[main] + reach
+    selected = near & large
+    selected[main] = True
+    return selected[candidate.labels]
+
+
+def extract_digit(gray):
+    """Return the `Digit` in the brightness `(H, W)` of a picture.
+
+    Raise ValueError if there is no digit, or if a second one stands beside it.
+    """
+    picture = shrink(gray, WORKING_SIZE)
+    difference, candidate = find_on_background(picture)
+    if candidate is None:
+        raise ValueError("no digit found: give a picture of one digit that stands out from its background")
+    mask = select_strokes(candidate)
+    wider = F.max_pool2d(mask[None, None].float(), 3, stride=1, padding=1)[0, 0]  # with the soft edges
+    sign = -1
+    if difference[mask].sum() > 0:
+        sign = 1
+    ink = (sign * difference).clamp(min=0) * wider
+    darkest = ink.max()
+    if max(ink.shape) == WORKING_SIZE:
+        darkest = smooth(ink).max()  # not one noisy pixel
+    ink = (ink / darkest).clamp(max=1)
+    rows = (ink > CROP_THRESHOLD).any(dim=1).nonzero()
+    columns = (ink > CROP_THRESHOLD).any(dim=0).nonzero()
+    top = rows[0].item()
+    bottom = rows[-1].item() + 1
+    left = columns[0].item()
+    right = columns[-1].item() + 1
+    height, width = ink.shape
+    box = (top / height, bottom / height, left / width, right / width)
+    return Digit(ink[top:bottom, left:right], box)
+
+
+# The network's input
+
+
+def center_offset(ink, dim):
+    """Return where along `dim` `ink` starts in the image, so that its center of mass is on pixel 14."""
+    size = ink.shape[dim]
+    mass = ink.sum(dim=1 - dim)
+    center = (mass * torch.arange(size)).sum() / mass.sum()
+    # A hair less than 14, so that a tie always falls to the same side
+    offset = round(13.999 - center.item())
+    return min(max(offset, 0), SIDE - size)
+
+
+def scale_and_center(ink):
+    """Return the normalized network input `(1, 1, 28, 28)` of a digit's ink `(h, w)`."""
+    ink = resize(ink, scaled_size(ink, DIGIT_SIZE)).clamp(0, 1)
+    ink = ink / ink.max()
+    height, width = ink.shape
+    top = center_offset(ink, dim=0)
+    left = center_offset(ink, dim=1)
+    image = torch.zeros(1, 1, SIDE, SIDE)
+    image[0, 0, top : top + height, left : left + width] = ink
+    return (image - MEAN) / STD
 
 
 def prepare_digit(image):
-    """Preprocess an image of a single digit like MNIST; return normalized float32 `(1, 1, 28, 28)`.
+    """Return a picture of one digit preprocessed like MNIST, as normalized float32 `(1, 1, 28, 28)`.
 
-    `image` is a path or a PIL image of any size, color mode and polarity. The digit is cropped,
-    scaled to fit 20×20 and its center of mass put on pixel (14, 14) of 28×28 (yann.lecun.com/exdb/mnist;
-    the pixel was determined empirically on the test images). Raise ValueError if no digit is visible.
+    `image` is what `read_picture` accepts, of any size, dark on light or light on dark, evenly lit or not.
+    The digit is separated from its background, cropped and scaled to fit 20×20, and its center of mass is
+    put on pixel (14, 14) of 28×28 (yann.lecun.com/exdb/mnist; the pixel was measured on the test images).
+    Raise ValueError if the picture cannot be read, shows no digit, or shows two side by side.
     """
-    gray = read_picture(image)
-    paper = torch.cat([gray[0], gray[-1], gray[:, 0], gray[:, -1]]).median()
-    lighter = (gray - paper).clamp(min=0)
-    darker = (paper - gray).clamp(min=0)
-    ink = lighter if lighter.sum() > darker.sum() else darker
-    if ink.max() < 0.1:
-        raise ValueError("no digit found: the image is (almost) a single color")
-    ink = ink / ink.max()
-    rows = (ink > 0.15).any(dim=1).nonzero()
-    columns = (ink > 0.15).any(dim=0).nonzero()
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
-    ink = F.interpolate(ink[None, None], size, mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
-    center = [(ink.sum(dim=1 - d) * torch.arange(size[d])).sum() / ink.sum() for d in (0, 1)]
-    # slightly below 14, so that ties always round the same way
-    top, left = (min(max(round(13.999 - c.item()), 0), 28 - s) for c, s in zip(center, size, strict=True))
-    canvas = F.pad(ink[None, None].float(), (left, 28 - left - size[1], top, 28 - top - size[0]))
-    return (canvas - MEAN) / STD
+    digit = extract_digit(read_picture(image))
+    return scale_and_center(digit.ink)
 
 
 @torch.no_grad()
 def predict(model, image):
-    """Return the class probabilities `(10,)` for an image (anything that `prepare_digit` accepts)."""
+    """Return the probabilities `(10,)` of the digits for a picture that `prepare_digit` accepts."""
     device = next(model.parameters()).device
-    return model.eval()(prepare_digit(image).to(device))[0].exp().cpu()
+    model.eval()
+    output = model(prepare_digit(image).to(device))
+    return output[0].exp().cpu()
 
 
 def plot_prediction(image, probabilities):
-    """Plot an image, its preprocessed version, and the predicted probabilities."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
-    left.imshow((image if isinstance(image, Image.Image) else Image.open(image)).convert("RGBA"))
-    left.set(title="image", xticks=[], yticks=[])
-    middle.imshow(prepare_digit(image).squeeze().numpy(), cmap="gray_r")
-    middle.set(title="network input", xticks=[], yticks=[])
+    """Show a picture as it was read, what was taken for the digit, the network's input, and the
+    probabilities `(10,)`."""
+    gray = read_picture(image)
+    digit = extract_digit(gray)
+    prepared = scale_and_center(digit.ink)
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
+    for axis in axes[:3]:
+        axis.set(xticks=[], yticks=[])
+
+    shown = shrink(gray, 1024)
+    height, width = shown.shape
+    top, bottom, left, right = digit.box
+    axes[0].imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1)
+    corner = (left * width - 0.5, top * height - 0.5)
+    frame = plt.Rectangle(
+        corner, (right - left) * width, (bottom - top) * height, fill=False, edgecolor=TEST_COLOR
+    )
+    axes[0].add_patch(frame)
+    axes[0].set_title("the picture as read")
+    axes[1].imshow(digit.ink.numpy(), cmap="gray_r", vmin=0, vmax=1)
+    axes[1].set_title("taken for the digit")
+    axes[2].imshow(prepared[0, 0].numpy(), cmap="gray_r")
+    axes[2].set_title("network input")
     title = f"prediction: {probabilities.argmax()} ({probabilities.max():.1%})"
-    right.bar(range(10), probabilities.tolist(), color=TEST_COLOR)
-    right.set(title=title, xticks=range(10), ylim=(0, 1.05), xlabel="digit", ylabel="probability")
-    show_figure(figure, "prediction", f"Image of a digit, its preprocessed version, and the {title}")
+    axes[3].bar(range(10), probabilities.tolist(), color=TEST_COLOR)
+    axes[3].set(title=title, xticks=range(10), ylim=(0, 1.05), xlabel="digit", ylabel="probability")
+    alt = f"A picture of a digit, what was taken for the digit, the network's input, and the {title}"
+    show_figure(figure, "prediction", alt)
 
 
 # ---- drawing field ----
