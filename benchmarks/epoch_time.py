@@ -275,6 +275,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = default_device()
+    utils.load_data(standin=False)  # downloads MNIST if it is missing
     variants = []
     for model in args.models:
         variants.extend(list_variants(model, device))

@@ -69,13 +69,12 @@ CONFIGURATIONS = [
     # the network
     Configuration([16, 16], [32, 40, 40, 40], {}),
     Configuration([16, 16], [32, 32, 32, 32, 40], {}),
-    Configuration([8, 16], [32, 32, 32, 32, 40], {}),
+    Configuration([8, 16], [32, 32, 32, 32, 40], {}, seeds=(1,)),
+    Configuration([16, 16], [24, 24, 24, 28], {}),
+    Configuration([12, 12], [24, 28, 28, 24], {}, seeds=(1,)),
+    Configuration([12, 12], [16, 24, 24, 24, 24], {}, seeds=(1,)),
     Configuration([8, 16], [16, 24, 24, 24, 24], {}, seeds=(1,)),
     Configuration([8, 8], [24, 32, 24, 32], {}, seeds=(1,)),
-    Configuration([12, 12], [24, 28, 28, 24], {}, seeds=(1,)),
-    Configuration([16, 16], [24, 24, 24, 28], {}, seeds=(1,)),
-    Configuration([12, 12], [16, 24, 24, 24, 24], {}, seeds=(1,)),
-    Configuration([16, 16], [16, 16, 24, 24, 24], {}, seeds=(1,)),
 ]
 
 

@@ -283,9 +283,11 @@ def dropout_table(rows):
     return markdown_table(["active dropout", "train accuracy"], lines)
 
 
-def own_digits_table(rows):
-    """Return the rows of own_digits.csv without the columns that are the same everywhere."""
-    columns = [column for column in rows[0] if column not in ["model", *MACHINE_COLUMNS]]
+def columns_table(rows, hidden):
+    """Return all rows of a CSV file, without the `hidden` columns."""
+    columns = []
+    if rows:
+        columns = [column for column in rows[0] if column not in hidden]
     lines = []
     for row in rows:
         lines.append([row[column] for column in columns])
@@ -373,7 +375,8 @@ def create_tables():
         "steps": steps_table(runs),
         "search": search_table(read_rows(folder / "search.csv")),
         "dropout ablation": dropout_table(read_rows(folder / "dropout_ablation.csv")),
-        "own digits": own_digits_table(read_rows(folder / "own_digits.csv")),
+        "own digits": columns_table(read_rows(folder / "own_digits.csv"), ["model", *MACHINE_COLUMNS]),
+        "drawing field": columns_table(read_rows(folder / "drawing.csv"), MACHINE_COLUMNS),
         "epoch time": epoch_time_table(times),
         "epoch time of the networks": networks_time_table(times),
         "all times": all_times_table(times),

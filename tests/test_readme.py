@@ -202,10 +202,10 @@ def test_layers_table_sums_the_parameters_of_a_block():
     assert len(table.splitlines()) == 2 + 10
 
 
-def test_own_digits_table_shows_every_column_about_the_pictures():
-    rows = [{"pictures": "inverted", "refused": "0.5", "model": "Model4", "device": "CPU"}]
-    table = tables.own_digits_table(rows)
-    assert table.splitlines()[0] == "| pictures | refused |"
+def test_columns_table_shows_every_column_that_is_not_hidden():
+    rows = [{"pictures": "inverted", "to_original": "0.5", "model": "Model4", "device": "CPU"}]
+    table = tables.columns_table(rows, hidden=["model", "device"])
+    assert table.splitlines()[0] == "| pictures | to original |"
     assert cells(table, 0) == ["inverted", "0.5"]
 
 
