@@ -67,10 +67,10 @@ CONFIGURATIONS = [
         {"augmentation": {"degrees": 7, "shift": 0.04, "scale": 0.04}},
     ),
     # the network
-    Configuration([16, 16], [32, 40, 40, 40], {}),
+    Configuration([16, 16], [32, 40, 40, 40], {}, seeds=(1, 2)),
     Configuration([16, 16], [32, 32, 32, 32, 40], {}),
     Configuration([8, 16], [32, 32, 32, 32, 40], {}, seeds=(1,)),
-    Configuration([16, 16], [24, 24, 24, 28], {}),
+    Configuration([16, 16], [24, 24, 24, 28], {}, seeds=(1, 2)),
     Configuration([12, 12], [24, 28, 28, 24], {}, seeds=(1,)),
     Configuration([12, 12], [16, 24, 24, 24, 24], {}, seeds=(1,)),
     Configuration([8, 16], [16, 24, 24, 24, 24], {}, seeds=(1,)),
