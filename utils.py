@@ -1033,7 +1033,7 @@ DIGIT_SIZE = 20  # of the digit in an MNIST image
 THRESHOLDS = (0.08, 0.12, 0.17, 0.23, 0.31, 0.42, 0.56)  # tried in this order, as shares of the darkest ink
 NOISE_FACTOR = 4.5  # ink exceeds the noise by at least this many standard deviations
 MIN_THRESHOLD = 0.02
-CROP_THRESHOLD = 0.15  # share of the darkest ink at which the digit is cropped
+CROP_THRESHOLD = 0.3  # share of the darkest ink at which the digit is cropped
 
 # What a digit looks like
 MIN_CONTRAST = 0.07
@@ -1232,6 +1232,14 @@ def estimate_background(image):
 # Connected components
 
 
+def largest_neighbor(image):
+    """Return the largest value `(H, W)` in the 3×3 surroundings of each pixel of `image`, none below 0."""
+    padded = F.pad(image, (1, 1, 1, 1))
+    of_three_rows = torch.maximum(torch.maximum(padded[:-2], padded[1:-1]), padded[2:])
+    of_two_columns = torch.maximum(of_three_rows[:, :-2], of_three_rows[:, 1:-1])
+    return torch.maximum(of_two_columns, of_three_rows[:, 2:])
+
+
 def label_components(mask):
     """Return labels `(H, W)` of the connected components of `mask`, from 1 up; 0 is the background.
 
@@ -1241,22 +1249,21 @@ def label_components(mask):
     """
     inside = mask.flatten().nonzero()[:, 0]
     count = len(inside) + 1
-    canvas = torch.zeros(mask.numel())
+    canvas = torch.zeros_like(mask, dtype=torch.long)
+    pixels = canvas.view(-1)
     labels = torch.arange(1, count)
     origin_of = torch.zeros(count, dtype=torch.long)
     while True:
-        canvas[inside] = labels.float()  # exact up to 2^24
-        pooled = F.max_pool2d(canvas.reshape(1, 1, *mask.shape), 3, stride=1, padding=1)
-        neighbors = pooled.flatten()[inside].long()
+        pixels[inside] = labels
+        neighbors = largest_neighbor(canvas).flatten()[inside]
         origin_of[1:] = neighbors
         origin_of.scatter_reduce_(0, labels, neighbors, "amax")
         new_labels = origin_of[origin_of[neighbors]]
         if torch.equal(new_labels, labels):
             break
         labels = new_labels
-    numbers = torch.zeros(mask.numel(), dtype=torch.long)
-    numbers[inside] = torch.unique(labels, return_inverse=True)[1] + 1
-    return numbers.reshape(mask.shape)
+    pixels[inside] = torch.unique(labels, return_inverse=True)[1] + 1
+    return canvas
 
 
 def measure_components(labels, ink):
@@ -1448,7 +1455,7 @@ def extract_digit(gray):
     if candidate is None:
         raise ValueError("no digit found: give a picture of one digit that stands out from its background")
     mask = select_strokes(candidate)
-    wider = F.max_pool2d(mask[None, None].float(), 3, stride=1, padding=1)[0, 0]  # with the soft edges
+    wider = largest_neighbor(mask.float())  # with the soft edges
     sign = -1
     if difference[mask].sum() > 0:
         sign = 1

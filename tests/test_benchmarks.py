@@ -49,7 +49,7 @@ def test_no_file_imports_a_benchmark_program(path):
 def accuracy_program(small, tmp_path, monkeypatch):
     """Prepare `accuracy.main()` for two runs of Model1, of three epochs each."""
     monkeypatch.setenv("S7_CHECKPOINTS", str(tmp_path / "checkpoints"))
-    data = (small(600), small(200, train=False))
+    data = (small(300), small(100, train=False))
     monkeypatch.setattr(utils, "load_data", lambda standin: data)
     monkeypatch.setattr(accuracy, "CSV", tmp_path / "accuracy.csv")
     monkeypatch.setattr(accuracy, "EPOCHS", 3)
@@ -196,10 +196,11 @@ def model4_channels():
 
 
 def test_candidate_with_model4s_channels_is_model4():
+    before, after = model4_channels()
     torch.manual_seed(1)
     expected = create_model("Model4")
     torch.manual_seed(1)
-    candidate = common.Candidate(*model4_channels())
+    candidate = common.Candidate(before, after)
     assert candidate.memory_format == expected.memory_format
     state = candidate.state_dict()
     assert list(state) == list(expected.state_dict())

@@ -571,8 +571,20 @@ def test_message_names_the_file_that_failed(mnist, mirror):
     assert (mnist.raw / FILES[1]).exists()
 
 
+def test_downloads_have_a_timeout(mnist, monkeypatch):
+    damage(mnist, FILES[0], None)
+    timeouts = []
+
+    def download(self):
+        timeouts.append(socket.getdefaulttimeout())
+
+    monkeypatch.setattr(utils.datasets.MNIST, "download", download)
+    with pytest.raises(RuntimeError):
+        utils.load_data(standin=False)
+    assert timeouts == [15]
+
+
 def test_silent_mirror_times_out(mnist, monkeypatch):
-    assert 0 < utils.MIRROR_TIMEOUT < 60
     damage(mnist, FILES[0], None)
     monkeypatch.setattr(utils, "MIRROR_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections and never answers
