@@ -166,7 +166,7 @@ def field(show):
 
 
 def prepare_clean(picture):
-    """Return the network input of a drawing on nothing, cropped as `prepare_digit` crops the digit that it finds.
+    """Return the network input of a drawing, cropped as `prepare_digit` crops the digit that it finds.
 
     `prepare_digit` itself refuses what is not shaped like a digit; the field answers to any stroke.
     """
