@@ -489,7 +489,7 @@ def train(model, device, train_loader, optimizer, criterion):
                 accuracy = 100 * correct.item() / sum(sizes)
                 text = f"Train: Loss={loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
                 bar.set_description(text, refresh=False)
-    weights = torch.tensor(sizes, device=device) / sum(sizes)
+    weights = torch.tensor(sizes).to(device) / sum(sizes)
     return (losses @ weights).item(), accuracy
 
 
@@ -1046,7 +1046,7 @@ SLIM = 0.6  # width over height
 class Components(NamedTuple):
     """Measurements of connected components `(N,)`; number 0 is the background."""
 
-    energy: torch.Tensor  # sum of the squared ink
+    energy: torch.Tensor  # sum of the squared steps from pixel to pixel: high for strokes, low for shading
     area: torch.Tensor  # in pixels
     peak: torch.Tensor  # the most ink
     top: torch.Tensor
@@ -1187,29 +1187,52 @@ def estimate_noise(image):
 # The background
 
 
-def border_median(image):
-    return torch.cat([image[0], image[-1], image[:, 0], image[:, -1]]).median()
-
-
-def fit_plane(image):
-    """Return the plane `(H, W)` that fits the brightness, the middle weighing more than the corners.
-
-    Minimize the absolute distances, by iteratively reweighted least squares, so that neither the digit
-    nor a table beside the page bends the plane.
-    """
+def plane_basis(image):
+    """Return 1, y and x `(H, W, 3)` for each pixel, y and x from -1 to 1."""
     height, width = image.shape
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    basis = torch.stack([torch.ones_like(x), x, y], dim=2).reshape(-1, 3).double()
-    values = image.reshape(-1, 1).double()
-    central = torch.exp(-(x.square() + y.square())).reshape(-1, 1)
+    rows = torch.linspace(-1, 1, height, dtype=torch.double)
+    columns = torch.linspace(-1, 1, width, dtype=torch.double)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([torch.ones_like(x), y, x], dim=2)
+
+
+def fit_plane(basis, brightness, importance):
+    """Return the coefficients `(3,)` of the plane that fits the brightness `(N,)` of pixels best.
+
+    `basis` is `(N, 3)`. Minimize the absolute distances, times `importance` `(N,)`, by iteratively
+    reweighted least squares, so that neither the digit nor a table beside the page bends the plane.
+    """
+    brightness = brightness.double()
     ridge = 1e-6 * torch.eye(3, dtype=torch.double)  # a picture of one row has no slope along its height
-    weights = central
+    weights = importance
     for _ in range(20):
-        weighted = basis * weights
-        plane = torch.linalg.solve(weighted.T @ basis + ridge, weighted.T @ values)
-        distance = (values - basis @ plane).abs()
-        weights = central / distance.clamp(min=0.004)
-    return (basis @ plane).reshape(height, width).float()
+        weighted = basis * weights[:, None]
+        plane = torch.linalg.solve(weighted.T @ basis + ridge, weighted.T @ brightness)
+        distance = (brightness - basis @ plane).abs()
+        weights = importance / distance.clamp(min=0.004)
+    return plane
+
+
+def border_of(image):
+    """Return the outermost pixels of `image` `(H, W, ...)` in one row."""
+    return torch.cat([image[0], image[-1], image[:, 0], image[:, -1]])
+
+
+def border_plane(image):
+    """Return the plane `(H, W)` through the brightness of the picture's border."""
+    basis = plane_basis(image)
+    brightness = border_of(image)
+    plane = fit_plane(border_of(basis), brightness, torch.ones_like(brightness, dtype=torch.double))
+    return (basis @ plane).float()
+
+
+def central_plane(image):
+    """Return the plane `(H, W)` through the picture's brightness, to which the middle counts most."""
+    basis = plane_basis(image)
+    squared_distance = basis[:, :, 1].square() + basis[:, :, 2].square()
+    importance = torch.exp(-squared_distance).flatten()
+    plane = fit_plane(basis.reshape(-1, 3), image.flatten(), importance)
+    return (basis @ plane).float()
 
 
 def local_median(image):
@@ -1225,7 +1248,7 @@ def local_median(image):
 def estimate_background(image):
     """Return the brightness `(H, W)` that the picture would have without ink: a plane and local medians."""
     coarse = shrink(image, BACKGROUND_SIZE)
-    plane = fit_plane(coarse)
+    plane = central_plane(coarse)
     return resize(plane + local_median(coarse - plane), image.shape)
 
 
@@ -1266,8 +1289,16 @@ def label_components(mask):
     return canvas
 
 
-def measure_components(labels, ink):
-    """Return the `Components` that `labels` `(H, W)` number, with the ink `(H, W)` in them."""
+def step_energy(image):
+    """Return the squared length `(H, W)` of the gradient of `image` `(H, W)`."""
+    padded = F.pad(image[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
+    down = (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
+    across = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2
+    return down.square() + across.square()
+
+
+def measure_components(labels, ink, energy):
+    """Return the `Components` that `labels` number, with the ink and the energy in them, all `(H, W)`."""
     height, width = labels.shape
     count = int(labels.max()) + 1
     index = labels.flatten()
@@ -1283,7 +1314,7 @@ def measure_components(labels, ink):
         return torch.zeros(count, dtype=numbers.dtype).scatter_reduce(0, index, numbers, "amax")
 
     return Components(
-        energy=total(values.square()),
+        energy=total(energy.flatten()),
         area=total(torch.ones_like(values)),
         peak=largest(values),
         top=height - largest(height - rows),
@@ -1303,14 +1334,14 @@ def count_border_runs(mask):
     return int((border & ~border.roll(1)).sum())
 
 
-def find_candidate(ink, threshold):
+def find_candidate(ink, energy, threshold):
     """Return the most digit-like component of the pixels with more ink than `threshold`, or None.
 
     A component that touches the picture's border is a digit only if there is no other and if it is not
     the edge of the table, ruled paper or a line.
     """
     labels = label_components(ink > threshold)
-    components = measure_components(labels, ink)
+    components = measure_components(labels, ink, energy)
     height = components.height
     width = components.width
     extent = components.extent
@@ -1325,8 +1356,8 @@ def find_candidate(ink, threshold):
     # A table's edge follows the border, and a line is thin for its length.
     meets_border = plausible & (components.touching > 0)
     meets_border &= components.area > 0.03 * extent.square()
-    fills_picture = (height == ink.shape[0]) & (width == ink.shape[1])
-    meets_border &= (components.touching < 0.6 * (height + width)) | fills_picture
+    is_cropped_one = (height == ink.shape[0]) & (width == ink.shape[1]) & (width < SLIM * height)
+    meets_border &= (components.touching < 0.6 * (height + width)) | is_cropped_one
 
     inner = components.energy * is_inside
     outer = components.energy * meets_border
@@ -1339,19 +1370,19 @@ def find_candidate(ink, threshold):
     return None
 
 
-def candidates_by_threshold(ink, noise):
-    """Yield the candidates at rising thresholds, until one holds nearly all of the ink."""
+def candidates_by_threshold(ink, energy, noise):
+    """Yield the candidates at rising thresholds, until one holds nearly all of the energy."""
     darkest = ink.max().item()
     for share in THRESHOLDS:
         threshold = share * darkest
         if threshold < max(NOISE_FACTOR * noise, MIN_THRESHOLD):
             continue
-        candidate = find_candidate(ink, threshold)
+        candidate = find_candidate(ink, energy, threshold)
         if candidate is None:
             continue
         yield candidate
-        ink_energy = ink[ink > threshold].square().sum()
-        if not candidate.touches_border and candidate.energy > 0.9 * ink_energy:
+        total_energy = energy[ink > threshold].sum()
+        if not candidate.touches_border and candidate.energy > 0.9 * total_energy:
             return
 
 
@@ -1367,10 +1398,11 @@ def find_digit(difference):
     if noise > 0.01:
         smoothed = smooth(difference)
         noise = max(estimate_noise(smoothed), 0.4 * noise)
+    energy = step_energy(smoothed)
     best = None
     best_score = (False, 0.0)
     for ink in (-smoothed, smoothed):
-        for candidate in candidates_by_threshold(ink.clamp(min=0), noise):
+        for candidate in candidates_by_threshold(ink.clamp(min=0), energy, noise):
             score = (not candidate.touches_border, candidate.energy)
             if score > best_score:
                 best = candidate
@@ -1379,7 +1411,7 @@ def find_digit(difference):
 
 
 def is_evenly_lit(difference, candidate):
-    """Return whether the background is of one brightness, apart from the candidate."""
+    """Return whether nothing is left of the background in `difference` `(H, W)`, beside the candidate."""
     components = candidate.components
     height = components.height[candidate.main]
     width = components.width[candidate.main]
@@ -1399,10 +1431,11 @@ def is_evenly_lit(difference, candidate):
 def find_on_background(picture):
     """Return the difference `(H, W)` from the background and the best candidate in it, which may be None.
 
-    If the picture is evenly lit, the background is its border's median; this reads digits that fill the
-    picture. Otherwise it is estimated locally, and a candidate at the border may be a shadow.
+    If the light is even or falls evenly, the background is the plane through the picture's border; this
+    reads digits that fill the picture. Otherwise the background is estimated locally, and a candidate at
+    the border may be a shadow.
     """
-    difference = picture - border_median(picture)
+    difference = picture - border_plane(picture)
     candidate = find_digit(difference)
     if candidate is not None and is_evenly_lit(difference, candidate):
         return difference, candidate

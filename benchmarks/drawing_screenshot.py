@@ -15,7 +15,7 @@ import utils
 from model import create_model
 
 STYLE = "body { margin: 16px; font-family: system-ui, sans-serif; color: #222 }"
-WINDOW = {"width": 720, "height": 356, "density": 2}
+WINDOW = {"width": 720, "height": 372, "density": 2}
 
 
 def arc(center_x, center_y, radius_x, radius_y, start, end, steps=24):

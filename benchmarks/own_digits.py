@@ -470,9 +470,9 @@ def main():
     model = create_model(name).eval()
     model.load_state_dict(state["model"])
     _, test_set = utils.load_data(standin=False)
-    images = test_set.data[: CLEAN_IMAGES + 1]
-    target = test_set.targets
-    data = images.unsqueeze(1).float().div(255).sub(utils.MEAN).div(utils.STD)
+    images = test_set.images[: CLEAN_IMAGES + 1]
+    target = test_set.labels
+    data = utils.normalize(images)
     original_is_correct = model(data).argmax(dim=1) == target[: len(data)]
 
     rows = []
