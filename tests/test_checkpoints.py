@@ -58,6 +58,7 @@ def train_in_child(path, dataset, recipe, written):
 
     With `written`, the process kills itself during its third save, after writing that share of the file.
     """
+    torch.set_num_threads(1)  # as in this process: results depend, in the last bits, on the thread count
     saves = []
     real_replace = os.replace
 
