@@ -1069,17 +1069,18 @@ class Components(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """What may be the digit: the component `main`, alone or with others near it."""
+    """What may be the digit: a main component and the large ones near it, such as a 5's bar."""
 
-    ink: torch.Tensor  # (H, W)
     labels: torch.Tensor  # (H, W), the component of each pixel
     components: Components
     main: int
+    is_large: torch.Tensor  # (N,), which components are large enough for a stroke
+    is_selected: torch.Tensor  # (N,), which components belong to the digit
     touches_border: bool
 
     @property
     def energy(self):
-        return self.components.energy[self.main].item()
+        return self.components.energy[self.is_selected].sum().item()
 
     @property
     def contrast(self):
@@ -1218,6 +1219,16 @@ def border_of(image):
     return torch.cat([image[0], image[-1], image[:, 0], image[:, -1]])
 
 
+def border_median(image):
+    """Return the median brightness of the picture's border."""
+    return border_of(image).median()
+
+
+def paper_brightness(image):
+    """Return the brightness that 5 % of the pixels exceed."""
+    return image.flatten().quantile(0.95)
+
+
 def border_plane(image):
     """Return the plane `(H, W)` through the brightness of the picture's border."""
     basis = plane_basis(image)
@@ -1334,6 +1345,23 @@ def count_border_runs(mask):
     return int((border & ~border.roll(1)).sum())
 
 
+def select_strokes(labels, components, main, touches_border):
+    """Return the `Candidate` of the component `main` and the large ones near it."""
+    is_large = components.area >= 0.03 * components.area[main]
+    is_large &= components.peak >= 0.4 * components.peak[main]
+    is_large[0] = False
+    if not touches_border:
+        is_large &= components.touching == 0
+    reach = 0.2 * components.extent[main]
+    is_near = components.bottom > components.top[main] - reach
+    is_near &= components.top < components.bottom[main] + reach
+    is_near &= components.right > components.left[main] - reach
+    is_near &= components.left < components.right[main] + reach
+    is_selected = is_large & is_near
+    is_selected[main] = True
+    return Candidate(labels, components, main, is_large, is_selected, touches_border)
+
+
 def find_candidate(ink, energy, threshold):
     """Return the most digit-like component of the pixels with more ink than `threshold`, or None.
 
@@ -1364,9 +1392,9 @@ def find_candidate(ink, energy, threshold):
     best_inner = int(inner.argmax())
     best_outer = int(outer.argmax())
     if inner[best_inner] > 0.25 * outer[best_outer]:
-        return Candidate(ink, labels, components, best_inner, False)
+        return select_strokes(labels, components, best_inner, touches_border=False)
     if outer[best_outer] > 0 and count_border_runs(labels == best_outer) <= 10:
-        return Candidate(ink, labels, components, best_outer, True)
+        return select_strokes(labels, components, best_outer, touches_border=True)
     return None
 
 
@@ -1416,7 +1444,7 @@ def is_evenly_lit(difference, candidate):
     height = components.height[candidate.main]
     width = components.width[candidate.main]
     paper = difference[difference.abs() < 0.3 * candidate.contrast]
-    tolerance = 0.03 + 1.5 * estimate_noise(difference)
+    tolerance = min(0.03 + 1.5 * estimate_noise(difference), 0.2 * candidate.contrast)
     min_share = 0.4
     if height > 0.95 * difference.shape[0] and width > 0.95 * difference.shape[1]:
         # Cropped tightly, the picture shows little paper, and much of that is the strokes' soft edge.
@@ -1431,14 +1459,19 @@ def is_evenly_lit(difference, candidate):
 def find_on_background(picture):
     """Return the difference `(H, W)` from the background and the best candidate in it, which may be None.
 
-    If the light is even or falls evenly, the background is the plane through the picture's border; this
-    reads digits that fill the picture. Otherwise the background is estimated locally, and a candidate at
-    the border may be a shadow.
+    If the light is even or falls evenly, the background is known from the picture's border; this reads
+    digits that fill the picture. Otherwise the background is estimated locally, and a candidate at the
+    border may be a shadow.
     """
-    difference = picture - border_plane(picture)
-    candidate = find_digit(difference)
-    if candidate is not None and is_evenly_lit(difference, candidate):
-        return difference, candidate
+    estimates = [border_median, border_plane]
+    height, width = picture.shape
+    if width < SLIM * height:  # a 1 cropped so tightly that most of the border may be ink
+        estimates.append(paper_brightness)
+    for estimate in estimates:
+        difference = picture - estimate(picture)
+        candidate = find_digit(difference)
+        if candidate is not None and is_evenly_lit(difference, candidate):
+            return difference, candidate
     difference = picture - estimate_background(picture)
     candidate = find_digit(difference)
     if candidate is not None and candidate.touches_border:
@@ -1446,36 +1479,18 @@ def find_on_background(picture):
     return difference, candidate
 
 
-def refuse_second_digit(components, main, large):
-    """Raise ValueError if a component as tall as a digit stands beside the main one."""
+def refuse_second_digit(candidate):
+    """Raise ValueError if a component as tall as a digit stands beside the candidate."""
+    components = candidate.components
+    main = candidate.main
     height = components.height
     gap = torch.maximum(components.left - components.right[main], components.left[main] - components.right)
     taller = torch.maximum(height, height[main])
-    second = large & (gap > 0.04 * taller)
-    second &= height > 0.5 * height[main]
-    second &= components.energy > 0.25 * components.energy[main]
-    if second.any():
+    is_second = candidate.is_large & (gap > 0.04 * taller)
+    is_second &= height > 0.5 * height[main]
+    is_second &= components.energy > 0.25 * components.energy[main]
+    if is_second.any():
         raise ValueError("more than one digit found: give a picture of one digit")
-
-
-def select_strokes(candidate):
-    """Return the mask `(H, W)` of the main component and of the large ones near it, such as a 5's bar."""
-    components = candidate.components
-    main = candidate.main
-    large = components.area >= 0.03 * components.area[main]
-    large &= components.peak >= 0.4 * components.peak[main]
-    large[0] = False
-    if not candidate.touches_border:
-        large &= components.touching == 0
-    refuse_second_digit(components, main, large)
-    reach = 0.2 * components.extent[main]
-    near = components.bottom > components.top[main] - reach
-    near &= components.top < components.bottom[main] + reach
-    near &= components.right > components.left[main] - reach
-    near &= components.left < components.right[main] + reach
-    selected = near & large
-    selected[main] = True
-    return selected[candidate.labels]
 
 
 def extract_digit(gray):
@@ -1487,7 +1502,8 @@ def extract_digit(gray):
     difference, candidate = find_on_background(picture)
     if candidate is None:
         raise ValueError("no digit found: give a picture of one digit that stands out from its background")
-    mask = select_strokes(candidate)
+    refuse_second_digit(candidate)
+    mask = candidate.is_selected[candidate.labels]
     wider = largest_neighbor(mask.float())  # with the soft edges
     sign = -1
     if difference[mask].sum() > 0:
