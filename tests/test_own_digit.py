@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
+from torchvision.transforms.functional import pil_to_tensor
 
 import utils
 from model import create_model
@@ -35,7 +36,7 @@ def draw_page(digit="7", size=(320, 320), text_size=200, middle=None):
 
 def on_paper(page, paper=PAPER, ink=INK):
     """Return the brightness `(H, W)` from 0 to 255 of a white-on-black picture."""
-    coverage = torch.tensor(list(page.getdata())).reshape(page.height, page.width) / 255
+    coverage = pil_to_tensor(page)[0] / 255
     return paper + (ink - paper) * coverage
 
 
