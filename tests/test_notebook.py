@@ -320,7 +320,8 @@ def test_second_run_prints_the_same_output(executed, tmp_path):
     patterns += '[field]\nregex: (?s)<div class="drawing-field".*?</script>\nreplace: FIELD\n'
     (tmp_path / "patterns.cfg").write_text(patterns, encoding="utf-8")
     flags = ["--nbval", "--nbval-current-env", f"--nbval-sanitize-with={tmp_path / 'patterns.cfg'}"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *flags, "S7.ipynb"]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:randomly"]  # cells must stay in order
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, *flags, "S7.ipynb"]
     result = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8"
     )
