@@ -248,25 +248,24 @@ class MNIST(datasets.MNIST):  # torchvision names its folder after the class
         print(f"Downloading MNIST (11 MB) to {self.raw_folder}")
         previous_timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(MIRROR_TIMEOUT)
-        torchvision_output = io.StringIO()  # its progress bars would differ from run to run
+        printed = io.StringIO()
+        progress_bars = io.StringIO()  # are not shown, because they would differ from run to run
         try:
-            with (
-                contextlib.redirect_stdout(torchvision_output),
-                contextlib.redirect_stderr(torchvision_output),
-            ):
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress_bars):
                 super().download()
         except (OSError, RuntimeError, HTTPException) as error:
-            raise RuntimeError(self.download_failure(error)) from None
+            reason = f"{printed.getvalue()} {error}"  # old versions of torchvision print the reason
+            raise RuntimeError(self.download_failure(reason, error)) from None
         finally:
             socket.setdefaulttimeout(previous_timeout)
 
-    def download_failure(self, error):
+    def download_failure(self, reason, error):
         """Return one line that names the file that could not be downloaded, the reason and the remedy."""
         path = self.first_bad_file()
         problem = "is missing"
         if path.exists():
             problem = "is corrupted"
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(reason.split()) or type(error).__name__
         return (
             f"{path} {problem} and could not be downloaded ({reason}): check the network connection and"
             " rerun, place the original file there, or set MNIST_ROOT"
