@@ -915,21 +915,26 @@ def test_lack_of_memory_is_no_fault_of_the_checkpoint(tmp_path, monkeypatch):
         utils.read_checkpoint(path)
 
 
-@pytest.fixture
-def file_size_limit():
-    """Limit the size of the files that this process writes, so that a write fails midway."""
+@contextlib.contextmanager
+def file_size_limit(size):
+    """Limit the files that this process writes to size bytes, so that a write fails midway.
+
+    The limit holds for pytest's own output too, where that goes to a file. It must end before the test does.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_failed_save_keeps_the_checkpoint(tmp_path, file_size_limit):
+def test_failed_save_keeps_the_checkpoint(tmp_path):
     path = tmp_path / "run.pt"
     run = fresh_run(path)
     before = path.read_bytes()
-    file_size_limit(len(before) // 2)
     message = f"^cannot write the checkpoint {re.escape(str(path))} .File too large.: free disk space, .*$"
-    with pytest.raises(OSError, match=message):
+    with file_size_limit(len(before) // 2), pytest.raises(OSError, match=message):
         record_epoch(run)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]  # without the partial file
