@@ -956,33 +956,32 @@ def test_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_full_disk_at_the_start_of_a_new_run_keeps_the_old_checkpoint(tmp_path, file_size_limit):
+def test_full_disk_at_the_start_of_a_new_run_keeps_the_old_checkpoint(tmp_path):
     path = tmp_path / "run.pt"
     record_epoch(fresh_run(path))
     before = path.read_bytes()
-    file_size_limit(len(before) // 2)
-    with pytest.raises(OSError, match="^cannot write the checkpoint "):
+    with file_size_limit(len(before) // 2), pytest.raises(OSError, match="^cannot write the checkpoint "):
         fresh_run(path)
     contents = [file.read_bytes() for file in tmp_path.iterdir()]
     assert contents == [before]
 
 
-def test_run_can_be_resumed_after_a_failed_save(uninterrupted, small, tmp_path, file_size_limit, monkeypatch):
+def test_run_can_be_resumed_after_a_failed_save(uninterrupted, small, tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     calls = []
     real_test = utils.test
+    full_disk = contextlib.ExitStack()
 
     def fill_disk_in_epoch_3(*args):
         calls.append(args)
         if len(calls) == 3:
-            file_size_limit(10_000)
+            full_disk.enter_context(file_size_limit(10_000))
         return real_test(*args)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, full_disk:
         patch.setattr(utils, "test", fill_disk_in_epoch_3)
         with pytest.raises(OSError, match="^cannot write the checkpoint "):
             train(path, small(IMAGES))
-    file_size_limit(resource.RLIM_INFINITY)
     train(path, small(IMAGES))
     assert_identical(utils.read_checkpoint(path), uninterrupted["StepLR"])
 
