@@ -1,7 +1,7 @@
 """Seconds per epoch: a standard DataLoader pipeline, this repository, and compute only (the lower bound).
 
-    python benchmarks/epoch_time.py --models Model3 Model4 Model5     results are saved in epoch_time.csv
-    python benchmarks/epoch_time.py --models Model3 --quick           10 % of the data, not saved
+    python benchmarks/epoch_time.py                             results are saved in epoch_time.csv
+    python benchmarks/epoch_time.py --models Model3 --quick     10 % of the data, not saved
 
 The variants of a training epoch and of a pass over the test set:
 
@@ -189,7 +189,12 @@ def measure_in_new_process(variant, device, quick):
 
 
 def list_variants(model, device):
-    """Return the variants of a model, as a list of `Variant`."""
+    """Return the variants of a model, as a list of `Variant`.
+
+    The previous Model4 has only the one that the present networks are compared with.
+    """
+    if model == PREVIOUS_MODEL4:
+        return [Variant(model, "train", REPOSITORY)]
     variants = []
     workers = 2
     if device == "cuda":
@@ -231,9 +236,15 @@ def summarize(seconds, device):
     """Return the rows of epoch_time.csv for what `measure_rounds` returned."""
     median = {variant: statistics.median(times) for variant, times in seconds.items()}
     rows = []
+
+    def ratio(variant, baseline):
+        """Return the quotient of two medians, or an empty string if the baseline was not measured."""
+        baseline = variant._replace(name=baseline)
+        if baseline not in median:
+            return ""
+        return f"{median[variant] / median[baseline]:.3f}"
+
     for variant, times in seconds.items():
-        dataloader = median[variant._replace(name=DATALOADER)]
-        compute_only = median[variant._replace(name=COMPUTE_ONLY)]
         row = {
             "model": variant.model,
             "pass": variant.phase,
@@ -243,8 +254,8 @@ def summarize(seconds, device):
             "seconds": f"{median[variant]:.3f}",
             "fastest": f"{min(times):.3f}",
             "slowest": f"{max(times):.3f}",
-            "vs_dataloader": f"{median[variant] / dataloader:.3f}",
-            "vs_compute_only": f"{median[variant] / compute_only:.3f}",
+            "vs_dataloader": ratio(variant, DATALOADER),
+            "vs_compute_only": ratio(variant, COMPUTE_ONLY),
         }
         row.update(machine_columns(device))
         rows.append(row)
@@ -268,7 +279,9 @@ def save(rows):
 def main():
     names = [*MODELS, PREVIOUS_MODEL4]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=names, default=["Model3", "Model4", "Model5"])
+    parser.add_argument(
+        "--models", nargs="+", choices=names, default=["Model3", "Model4", "Model5", PREVIOUS_MODEL4]
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="use 10 %% of the data and do not save")

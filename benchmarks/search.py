@@ -67,14 +67,26 @@ CONFIGURATIONS = [
         {"augmentation": {"degrees": 7, "shift": 0.04, "scale": 0.04}},
     ),
     # the network
-    Configuration([16, 16], [32, 40, 40, 40], {}, seeds=(1, 2)),
+    Configuration([16, 16], [32, 40, 40, 40], {}),
     Configuration([16, 16], [32, 32, 32, 32, 40], {}),
     Configuration([8, 16], [32, 32, 32, 32, 40], {}, seeds=(1,)),
-    Configuration([16, 16], [24, 24, 24, 28], {}, seeds=(1, 2)),
-    Configuration([12, 12], [24, 28, 28, 24], {}, seeds=(1,)),
+    Configuration([16, 16], [24, 24, 24, 28], {}),
+    Configuration([12, 12], [24, 28, 28, 24], {}),
     Configuration([12, 12], [16, 24, 24, 24, 24], {}, seeds=(1,)),
     Configuration([8, 16], [16, 24, 24, 24, 24], {}, seeds=(1,)),
     Configuration([8, 8], [24, 32, 24, 32], {}, seeds=(1,)),
+    # the recipe again, with the chosen network
+    Configuration(
+        [16, 16],
+        [32, 32, 32, 32, 40],
+        {"sgd": {"lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0005}},
+    ),
+    Configuration(
+        [16, 16],
+        [32, 32, 32, 32, 40],
+        {"sgd": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0002}},
+    ),
+    Configuration([16, 16], [32, 32, 32, 32, 40], {"clean_epochs": 3}),
 ]
 
 

@@ -327,6 +327,14 @@ def test_epoch_times_are_medians_with_ratios():
     assert (row["vs_dataloader"], row["vs_compute_only"]) == ("0.400", "2.000")
 
 
+def test_epoch_time_without_a_baseline_has_no_ratio():
+    previous = epoch_time.Variant(epoch_time.PREVIOUS_MODEL4, "train", "this repository")
+    row = epoch_time.summarize({**SECONDS, previous: [2.0, 4.0, 3.0]}, "cpu")[-1]
+    assert row["seconds"] == "3.000"
+    assert row["vs_dataloader"] == ""
+    assert row["vs_compute_only"] == ""
+
+
 def test_epoch_times_have_the_columns_of_the_committed_file():
     committed = common.read_rows(epoch_time.CSV)
     assert list(epoch_time.summarize(SECONDS, "cpu")[0]) == list(committed[0])
