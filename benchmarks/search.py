@@ -81,11 +81,6 @@ CONFIGURATIONS = [
         [32, 32, 32, 32, 40],
         {"sgd": {"lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0005}},
     ),
-    Configuration(
-        [16, 16],
-        [32, 32, 32, 32, 40],
-        {"sgd": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0002}},
-    ),
     Configuration([16, 16], [32, 32, 32, 32, 40], {"clean_epochs": 3}),
 ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -190,6 +191,12 @@ def test_affine_matches_torchvision(small, angle, right, down, size):
     data = utils.normalize(small(4).images)
     result = utils.affine(data, torch.full((4,), angle), shift.expand(4, 2), torch.full((4,), size))
     torch.testing.assert_close(result * 0.3081 + 0.1307, expected, atol=1e-4, rtol=0)
+
+
+def test_affine_grid_matches_pytorch():
+    theta = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(0))
+    expected = F.affine_grid(theta, (3, 1, 6, 9), align_corners=False)
+    torch.testing.assert_close(utils.affine_grid(theta, 6, 9), expected)
 
 
 def test_affine_applies_to_each_image_its_own_amounts(small):
