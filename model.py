@@ -44,8 +44,8 @@ def first_block(out_channels):
 def separable_block(in_channels, out_channels):
     """Return depthwise 3×3 convolution → BatchNorm → pointwise 1×1 convolution → BatchNorm → ReLU.
 
-    A depthwise-separable convolution has far fewer weights than an ordinary one of the same width
-    (MobileNet, Howard et al., 2017, arXiv:1704.04861, which has a ReLU after the first BatchNorm too).
+    A depthwise-separable convolution has far fewer weights than a standard one of the same width
+    (MobileNet, Howard et al., 2017, arXiv:1704.04861, which also has a ReLU after the first BatchNorm).
     """
     return nn.Sequential(
         nn.Conv2d(in_channels, in_channels, 3, groups=in_channels, bias=False),
@@ -69,7 +69,7 @@ class Network(nn.Module):
 
 
 class Model1(Network):
-    """4,312 parameters: dropout in every full block, and global average pooling.
+    """4,312 parameters: dropout in every block except convblock3, and global average pooling.
 
     The last block ends in BatchNorm → ReLU → Dropout on the logits. The published text gives no
     dropout rate; 0.1 reproduces its train accuracy of 88.9 %.

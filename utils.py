@@ -1,7 +1,7 @@
 """Everything except the networks, in the notebook's order.
 
 Sections: recipes and settings, data, training, runs, plots and reports, own digit, drawing field.
-Errors about bad input are one line that says what is wrong and what to do.
+Error messages about invalid input are a single line that says what is wrong and what to do.
 """
 
 import base64
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import socket
+import statistics
 import sys
 import time
 import uuid
@@ -43,10 +44,10 @@ from tqdm import tqdm
 
 
 def plain_value(value):
-    """Return a setting as text, a number, None, or a dictionary of them.
+    """Return a setting as a string, number, bool or None, or as a list or dictionary of these.
 
-    A class becomes its name, and a number of numpy or torch becomes a number of Python: a checkpoint
-    is loaded without running code, so it can contain nothing else. Raise ValueError otherwise.
+    A class becomes its name, and a NumPy or PyTorch scalar becomes a Python number: a checkpoint is
+    loaded without running code, so it can contain nothing else. Raise ValueError for any other type.
     """
     if isinstance(value, dict):
         return {key: plain_value(item) for key, item in value.items()}
@@ -130,7 +131,7 @@ def get_recipe(model, batch_size=None):
 def planned_learning_rates(recipe, epochs):
     """Return the learning rate of each epoch, as a list.
 
-    `ReduceLROnPlateau` decides during training: its rates are those of a test loss that always improves.
+    `ReduceLROnPlateau` adapts to the test loss; its rates are returned as if the loss always improved.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], **recipe.sgd)
     scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
@@ -326,7 +327,7 @@ def load_data(standin=True):
 
 
 def normalize(images):
-    """Return uint8 images `(N, H, W)` as float32 `(N, 1, H, W)` with MNIST's mean and deviation.
+    """Return uint8 images `(N, H, W)` as float32 `(N, 1, H, W)`, normalized with MNIST's mean and std.
 
     The values are those of torchvision's `ToTensor` and `Normalize((0.1307,), (0.3081,))`.
     """
@@ -383,9 +384,9 @@ def random_affine(data, degrees, shift, scale):
 def affine(data, angle, shift, size):
     """Rotate, shift and scale each image of a normalized batch `(B, 1, H, W)` by the given amounts.
 
-    `angle` `(B,)` is in degrees, clockwise; `shift` `(B, 2)` is right and down, in parts of the side
-    length; `size` `(B,)` is the factor of enlargement. Bilinear, filled with black; the same map as
-    torchvision's `functional.affine`.
+    `angle` `(B,)` is in degrees, clockwise; `shift` `(B, 2)` is right and down, as fractions of the side
+    length; `size` `(B,)` is the scale factor. Interpolation is bilinear, the outside is black, and the
+    transformation is that of torchvision's `functional.affine`.
     """
     angle = angle.deg2rad()
     cos = angle.cos() / size
@@ -649,15 +650,15 @@ class Run:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) not in parameters:
-                    raise ValueError("the optimizer does not belong to this model: create it anew")
+                    raise ValueError("the optimizer does not belong to this model: create a new one")
         if self.scheduler.optimizer is not self.optimizer:
-            raise ValueError("the scheduler does not belong to this optimizer: create it anew")
+            raise ValueError("the scheduler does not belong to this optimizer: create a new one")
 
     def _check_new(self):
         if len(self.optimizer.state) > 0 or self.scheduler.last_epoch > 0:
             raise ValueError(
-                "the optimizer or the scheduler has been used: create model, optimizer and scheduler anew,"
-                " or set RESUME = True to continue from the checkpoint"
+                "the optimizer or the scheduler has been used: create a new model, optimizer and scheduler,"
+                " or set RESUME = True to resume from the checkpoint"
             )
 
     def _keep_previous(self):
@@ -698,7 +699,7 @@ class Run:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(content.getbuffer())
-            os.replace(partial, self.path)  # atomic: the checkpoint is whole even if the process is killed
+            os.replace(partial, self.path)  # atomic: the checkpoint is complete even after a kill
         except OSError as error:
             raise OSError(self._write_failure(error)) from None
         finally:
@@ -736,7 +737,7 @@ class Run:
         if differences:
             raise ValueError(
                 f"{self.path} was created with different settings ({'; '.join(differences)}):"
-                " restore them, or set RESUME = False"
+                " use the checkpoint's settings, or set RESUME = False"
             )
 
 
@@ -794,7 +795,7 @@ class Layer(NamedTuple):
 def layer_table(model):
     """Return the layers of a model as a list of `Layer`, for an input of one image.
 
-    Multiply-adds are torchinfo's. Each layer enlarges the receptive field by (kernel - 1) · jump
+    Multiply-adds are counted by torchinfo. Each layer enlarges the receptive field by (kernel - 1) · jump
     pixels, where jump is the product of all preceding strides.
     """
     names = {module: name for name, module in model.named_modules()}
@@ -823,7 +824,7 @@ def layer_table(model):
 
 
 def kernel_and_stride(info):
-    """Return the side length and the stride of the window of a torchinfo layer; 1 and 1 without one."""
+    """Return the kernel size and stride of a torchinfo layer; both are 1 if the layer has none."""
     if isinstance(info.module, nn.AdaptiveAvgPool2d):
         size = info.input_size[-1] // info.output_size[-1]
         return size, size
@@ -872,13 +873,15 @@ def plot_digits(images, captions, title, name):
     """Plot up to 20 images `(N, 1, 28, 28)` or `(N, 28, 28)`, dark on light, with captions."""
     figure, axes = plt.subplots(2, 10, figsize=(10, 2.9), layout="constrained")
     figure.suptitle(title)
-    for axis in axes.flat:
+    for axis in axes.flat[len(images) :]:
         axis.set_axis_off()
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image.squeeze().numpy(), cmap="gray_r")
         axis.set_title(caption, fontsize=9)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_color("lightgray")  # shows where the image ends
     shown = ", ".join(map(str, captions[:20]))
-    show_figure(figure, name, f"{title}: {shown}")
+    show_figure(figure, name, f"{title}: {shown}".rstrip(": ,"))
 
 
 def plot_history(history, title):
@@ -928,7 +931,7 @@ def first_epoch_above(accuracies, target=TARGET_ACCURACY):
 
 
 def summarize_run(history, title):
-    """Return a summary of a run in four lines, with whether it meets the course target of 99.4 %."""
+    """Return a four-line summary of a run, including whether it meets the course target of 99.4 %."""
     if history.epochs == 0:
         return f"{title}: no completed epoch"
     unit = "epochs"
@@ -939,27 +942,40 @@ def summarize_run(history, title):
     if first is not None:
         sustained = f"from epoch {first} on"
     rates = history.learning_rates
+    last_epochs = history.test_acc[-LAST_EPOCHS:]
     return (
         f"{title}: {history.epochs} {unit}, learning rate from {rates[0]:.3g} to {rates[-1]:.3g}\n"
         f"last epoch: train {history.train_acc[-1]:.2f} %, test {history.test_acc[-1]:.2f} %;"
         f" best test {max(history.test_acc):.2f} %\n"
-        f"minimum test accuracy over the last five epochs: {min(history.test_acc[-LAST_EPOCHS:]):.2f} %\n"
+        f"test accuracy over the last five epochs: mean {statistics.mean(last_epochs):.2f} %,"
+        f" minimum {min(last_epochs):.2f} %\n"
         f"test accuracy ≥ {TARGET_ACCURACY} %: {sustained}"
     )
 
 
-def summarize_last_augmented_epoch(run):
-    """Return a line on the train accuracy before and after augmentation ends, or on its absence."""
+def summarize_end_of_augmentation(run):
+    """Return the accuracies of the last epoch with augmentation and of the next one, in two lines.
+
+    If a run has no such two epochs, return one line that says why.
+    """
     clean_epochs = run.settings["clean_epochs"]
     last = run.settings["epochs"] - clean_epochs  # the last epoch with augmentation
-    train_acc = run.history.train_acc
-    if run.settings["augmentation"] is None or clean_epochs == 0:
-        return "This run used the same images in all epochs."
-    if last < 1 or len(train_acc) <= last:
-        return "This run did not get beyond its augmented epochs."
+    history = run.history
+    if run.settings["augmentation"] is None or last < 1:
+        return "No epoch of this run was augmented."
+    if clean_epochs == 0:
+        return "All epochs of this run were augmented."
+    if history.epochs <= last:
+        return f"This run was interrupted before augmentation ended (after epoch {last})."
+
+    def accuracies(epoch):
+        train_acc = history.train_acc[epoch - 1]
+        test_acc = history.test_acc[epoch - 1]
+        return f"train accuracy {train_acc:.2f} %, test accuracy {test_acc:.2f} %"
+
     return (
-        f"train accuracy: {train_acc[last - 1]:.2f} % in epoch {last} (augmented images), "
-        f"{train_acc[last]:.2f} % in epoch {last + 1} (original images)"
+        f"epoch {last}, augmented images: {accuracies(last)}\n"
+        f"epoch {last + 1}, original images: {accuracies(last + 1)}"
     )
 
 
@@ -968,7 +984,7 @@ def most_confused(confusion, count=3):
 
     `confusion` `(10, 10)` counts images by true (row) and predicted (column) digit.
     """
-    both_ways = (confusion + confusion.T).triu(diagonal=1)  # 4 taken for 9, and 9 for 4
+    both_ways = (confusion + confusion.T).triu(diagonal=1)  # 4 predicted as 9, and 9 as 4
     numbers, places = both_ways.flatten().sort(descending=True, stable=True)
     lines = []
     for number, place in zip(numbers[:count].tolist(), places[:count].tolist(), strict=True):
@@ -1031,7 +1047,7 @@ def plot_confusion(confusion, title):
     axis.set_xticks(range(DIGITS))
     axis.set_xlabel("predicted digit")
     axis.set_ylabel("true digit (accuracy)")
-    axis.set_title(title)
+    axis.set_title(f"{title}: confusion matrix")
     show_figure(figure, "confusion", f"{title}: confusion matrix with {wrong.sum()} misclassified images")
 
 
@@ -1127,15 +1143,15 @@ def read_picture(image):
     """Return the brightness `(H, W)`, float32 from 0 to 1, of a picture.
 
     `image` is a path, a file opened in binary mode or a PIL image of any color mode. The EXIF rotation is
-    applied. What is transparent becomes the background that the ink stands out from. Raise ValueError if
-    `image` is something else, if it cannot be decoded, or if it has so many pixels that PIL takes it for a
-    decompression bomb.
+    applied. Transparent pixels become background that contrasts with the ink. Raise ValueError if
+    `image` is something else, if it cannot be decoded, or if it has so many pixels that PIL considers it
+    a decompression bomb.
     """
     is_path = isinstance(image, (str, os.PathLike))
     if not is_path and not isinstance(image, Image.Image) and not hasattr(image, "read"):
         raise ValueError(
-            f"a picture cannot be given as {type(image).__name__}:"
-            " give a path, a file opened in binary mode or a PIL image"
+            f"unsupported type for a picture, {type(image).__name__}:"
+            " pass a path, a file opened in binary mode or a PIL image"
         )
     try:
         with warnings.catch_warnings():
@@ -1144,12 +1160,12 @@ def read_picture(image):
             if picture.mode[0] in "IF":
                 picture = stretch_brightness(picture)
             gray, alpha = pil_to_tensor(picture.convert("RGBA").convert("LA"))
-    except Exception as error:  # damaged files raise nearly every type of exception
+    except Exception as error:  # corrupted files raise nearly every type of exception
         name = type(image).__name__
         if is_path:
             name = os.fspath(image)
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name} is not an image that can be read ({reason}): give another") from None
+        raise ValueError(f"{name} cannot be read as an image ({reason}): use a different file") from None
     gray = gray.float().div_(255)
     if alpha.min() == 255:
         return gray
@@ -1228,7 +1244,7 @@ def fit_plane(basis, brightness, importance):
 
 
 def border_of(image):
-    """Return the outermost pixels of `image` `(H, W, ...)` in one row."""
+    """Return the border pixels of `image` `(H, W, ...)` as one sequence `(N, ...)`."""
     return torch.cat([image[0], image[-1], image[:, 0], image[:, -1]])
 
 
@@ -1237,7 +1253,7 @@ def border_median(image):
     return border_of(image).median()
 
 
-def paper_brightness(image):
+def brightest_background(image):
     """Return the brightness that 5 % of the pixels exceed."""
     return image.flatten().quantile(0.95)
 
@@ -1251,7 +1267,7 @@ def border_plane(image):
 
 
 def central_plane(image):
-    """Return the plane `(H, W)` through the picture's brightness, to which the middle counts most."""
+    """Return the plane `(H, W)` fitted to the picture's brightness, with the most weight on the middle."""
     basis = plane_basis(image)
     squared_distance = basis[:, :, 1].square() + basis[:, :, 2].square()
     importance = torch.exp(-squared_distance).flatten()
@@ -1260,7 +1276,7 @@ def central_plane(image):
 
 
 def local_median(image):
-    """Return the median `(H, W)` of each pixel's surroundings, half as high and wide as the picture."""
+    """Return the local median `(H, W)`, over windows half as high and half as wide as the picture."""
     height, width = image.shape
     reach_y = max(1, height // 4)
     reach_x = max(1, width // 4)
@@ -1280,7 +1296,7 @@ def estimate_background(image):
 
 
 def largest_neighbor(image):
-    """Return the largest value `(H, W)` in the 3×3 surroundings of each pixel of `image`, none below 0."""
+    """Return the maximum `(H, W)` over the 3×3 neighborhood of each pixel of `image`, and at least 0."""
     padded = F.pad(image, (1, 1, 1, 1))
     of_three_rows = torch.maximum(torch.maximum(padded[:-2], padded[1:-1]), padded[2:])
     of_two_columns = torch.maximum(of_three_rows[:, :-2], of_three_rows[:, 1:-1])
@@ -1322,7 +1338,7 @@ def step_energy(image):
 
 
 def measure_components(labels, ink, energy):
-    """Return the `Components` that `labels` number, with the ink and the energy in them, all `(H, W)`."""
+    """Return the `Components` numbered by `labels`, given the ink and energy of each pixel (all `(H, W)`)."""
     height, width = labels.shape
     count = int(labels.max()) + 1
     index = labels.flatten()
@@ -1353,7 +1369,7 @@ def measure_components(labels, ink, energy):
 
 
 def count_border_runs(mask):
-    """Return how many separate times `mask` `(H, W)` meets the picture's border."""
+    """Return the number of separate stretches of the picture's border that `mask` `(H, W)` covers."""
     border = torch.cat([mask[0], mask[:, -1], mask[-1].flip(0), mask[:, 0].flip(0)])
     return int((border & ~border.roll(1)).sum())
 
@@ -1378,8 +1394,8 @@ def select_strokes(labels, components, main, touches_border):
 def find_candidate(ink, energy, threshold):
     """Return the most digit-like component of the pixels with more ink than `threshold`, or None.
 
-    A component that touches the picture's border is a digit only if there is no other and if it is not
-    the edge of the table, ruled paper or a line.
+    A component that touches the picture's border is chosen only if its energy is at least four times that
+    of any inside, and if it is not the edge of the table, ruled paper or a line.
     """
     labels = label_components(ink > threshold)
     components = measure_components(labels, ink, energy)
@@ -1452,34 +1468,34 @@ def find_digit(difference):
 
 
 def is_evenly_lit(difference, candidate):
-    """Return whether nothing is left of the background in `difference` `(H, W)`, beside the candidate."""
+    """Return whether the background left in `difference` `(H, W)` is even, apart from the candidate."""
     components = candidate.components
     height = components.height[candidate.main]
     width = components.width[candidate.main]
-    paper = difference[difference.abs() < 0.3 * candidate.contrast]
+    background = difference[difference.abs() < 0.3 * candidate.contrast]
     tolerance = min(0.03 + 1.5 * estimate_noise(difference), 0.2 * candidate.contrast)
     min_share = 0.4
     if height > 0.95 * difference.shape[0] and width > 0.95 * difference.shape[1]:
-        # Cropped tightly, the picture shows little paper, and much of that is the strokes' soft edge.
+        # Cropped tightly, the picture shows little background, and much of that is the strokes' soft edge.
         tolerance += 0.1 * candidate.contrast
         min_share = 0.1
-    if paper.numel() < min_share * difference.numel():
+    if background.numel() < min_share * difference.numel():
         return False
-    quartiles = paper.quantile(torch.tensor([0.25, 0.75]))
+    quartiles = background.quantile(torch.tensor([0.25, 0.75]))
     return bool(quartiles[1] - quartiles[0] < tolerance)
 
 
 def find_on_background(picture):
     """Return the difference `(H, W)` from the background and the best candidate in it, which may be None.
 
-    If the light is even or falls evenly, the background is known from the picture's border; this reads
-    digits that fill the picture. Otherwise the background is estimated locally, and a candidate at the
-    border may be a shadow.
+    If the light is even or fades linearly, the background is estimated from the picture's border, which
+    works for digits that fill the picture. Otherwise the background is estimated locally, and a candidate
+    at the border is rejected because it may be a shadow.
     """
     estimates = [border_median, border_plane]
     height, width = picture.shape
     if width < SLIM * height:  # a 1 cropped so tightly that most of the border may be ink
-        estimates.append(paper_brightness)
+        estimates.append(brightest_background)
     for estimate in estimates:
         difference = picture - estimate(picture)
         candidate = find_digit(difference)
@@ -1492,8 +1508,8 @@ def find_on_background(picture):
     return difference, candidate
 
 
-def refuse_second_digit(candidate):
-    """Raise ValueError if a component as tall as a digit stands beside the candidate."""
+def reject_second_digit(candidate):
+    """Raise ValueError if there is a second component, at least half as tall, next to the candidate."""
     components = candidate.components
     main = candidate.main
     height = components.height
@@ -1509,13 +1525,13 @@ def refuse_second_digit(candidate):
 def extract_digit(gray):
     """Return the `Digit` in the brightness `(H, W)` of a picture.
 
-    Raise ValueError if there is no digit, or if a second one stands beside it.
+    Raise ValueError if there is no digit, or if there is a second one next to it.
     """
     picture = shrink(gray, WORKING_SIZE)
     difference, candidate = find_on_background(picture)
     if candidate is None:
         raise ValueError("no digit found: give a picture of one digit that stands out from its background")
-    refuse_second_digit(candidate)
+    reject_second_digit(candidate)
     mask = candidate.is_selected[candidate.labels]
     wider = largest_neighbor(mask.float())  # with the soft edges
     sign = -1
@@ -1541,7 +1557,7 @@ def extract_digit(gray):
 
 
 def center_offset(ink, dim):
-    """Return where along `dim` `ink` starts in the image, so that its center of mass is on pixel 14."""
+    """Return the position of `ink` along `dim` in the image that puts its center of mass on pixel 14."""
     size = ink.shape[dim]
     mass = ink.sum(dim=1 - dim)
     center = (mass * torch.arange(size)).sum() / mass.sum()
@@ -1584,8 +1600,7 @@ def predict(model, image):
 
 
 def plot_prediction(image, probabilities):
-    """Show a picture as it was read, what was taken for the digit, the network's input, and the
-    probabilities `(10,)`."""
+    """Show a picture as it was read, the detected digit, the network's input and `probabilities` `(10,)`."""
     gray = read_picture(image)
     digit = extract_digit(gray)
     prepared = scale_and_center(digit.ink)
@@ -1604,19 +1619,19 @@ def plot_prediction(image, probabilities):
     axes[0].add_patch(frame)
     axes[0].set_title("the picture as read")
     axes[1].imshow(digit.ink.numpy(), cmap="gray_r", vmin=0, vmax=1)
-    axes[1].set_title("taken for the digit")
+    axes[1].set_title("detected digit")
     axes[2].imshow(prepared[0, 0].numpy(), cmap="gray_r")
     axes[2].set_title("network input")
     title = f"prediction: {probabilities.argmax()} ({probabilities.max():.1%})"
     axes[3].bar(range(10), probabilities.tolist(), color=TEST_COLOR)
     axes[3].set(title=title, xticks=range(10), ylim=(0, 1.05), xlabel="digit", ylabel="probability")
-    alt = f"A picture of a digit, what was taken for the digit, the network's input, and the {title}"
+    alt = f"A picture of a digit, the detected digit, the network's input, and the {title}"
     show_figure(figure, "prediction", alt)
 
 
 # ---- drawing field ----
 
-# The options without which draw.html cannot compute a layer.
+# The only option values with which draw.html can compute a layer, by layer type.
 SUPPORTED_OPTIONS = {
     nn.Conv2d: {"stride": 1, "dilation": 1, "padding_mode": "zeros", "bias": None},
     nn.BatchNorm2d: {"affine": True, "track_running_stats": True},
@@ -1628,7 +1643,7 @@ SUPPORTED_OPTIONS = {
 
 
 class DrawingField:
-    """What `drawing_field` returns: HTML in a notebook, and a phrase elsewhere."""
+    """The drawing field, displayed as HTML in a notebook and as a short text elsewhere."""
 
     def __init__(self, html):
         self.html = html
@@ -1637,11 +1652,11 @@ class DrawingField:
         return self.html
 
     def __repr__(self):
-        return "field to draw a digit in"
+        return "drawing field"
 
 
 def drawing_field(model, description):
-    """Return a field to draw a digit in, which a notebook displays; the model answers in the page.
+    """Return a drawing field, which a notebook displays; the model runs in the page itself.
 
     The page needs no kernel, no server and no network: `draw.html` contains the program, and the weights
     are embedded. `description`, for example `run.description`, is shown under the field. Raise
@@ -1649,13 +1664,14 @@ def drawing_field(model, description):
     """
     path = Path(__file__).with_name("draw.html")
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: copy draw.html from the repository to this folder")
+        raise FileNotFoundError(f"there is no {path}: copy draw.html from the repository to that folder")
     network = {
         "description": description,
         "mean": MEAN,
         "std": STD,
         "layers": export_layers(model),
     }
+    check_order(model)
     page = path.read_text(encoding="utf-8")
     return DrawingField(page.replace("NETWORK_JSON", html.escape(json.dumps(network))))
 
@@ -1663,17 +1679,39 @@ def drawing_field(model, description):
 def export_layers(model):
     """Return the layers of a model in evaluation mode, in their order, as dictionaries for `draw.html`.
 
-    BatchNorm becomes a scale and a shift per channel; dropout and identity are left out. The model must
-    apply its layers in the order of their definition, as `Network` does. Raise ValueError, naming the
-    layer, if `draw.html` cannot compute one.
+    BatchNorm becomes a scale and a shift per channel; dropout and identity are left out. Raise
+    ValueError, naming the layer, if `draw.html` cannot compute one.
     """
     layers = []
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, (nn.Dropout, nn.Identity)) or list(layer.children()):
-            continue
-        check_supported(name, layer)
-        layers.append(export_layer(layer))
+    for name, layer in innermost_layers(model):
+        if not isinstance(layer, (nn.Dropout, nn.Identity)):
+            check_supported(name, layer)
+            layers.append(export_layer(layer))
     return layers
+
+
+def innermost_layers(model):
+    """Return the layers of a model that contain no others, in the order of their definition, with names."""
+    layers = []
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not list(layer.children()):
+            layers.append((name, layer))
+    return layers
+
+
+@torch.no_grad()
+def check_order(model):
+    """Raise ValueError unless a model applies its layers in the order of their definition, as `Network` does.
+
+    `draw.html` does so; it would compute a network with a skip connection, for example, incorrectly.
+    """
+    model.eval()
+    data = torch.rand(1, 1, 28, 28, device=next(model.parameters()).device)
+    output = model(data)
+    for _, layer in innermost_layers(model):
+        data = layer(data)
+    if not torch.allclose(F.log_softmax(data.flatten(1), dim=1), output, atol=1e-4):
+        raise ValueError("draw.html applies the layers in the order of their definition; this model does not")
 
 
 def check_supported(name, layer):

@@ -41,7 +41,7 @@ RECIPES = {  # by model and schedule
     # from Model2 to Model4, one change at a time
     ("Model2", "rate"): replace(MODEL4_RECIPE, augmentation=None),
     ("Model2", "augment"): replace(MODEL4_RECIPE, clean_epochs=0),
-    ("Model2", "plain"): MODEL4_RECIPE,
+    ("Model2", "clean_epochs"): MODEL4_RECIPE,
 }
 
 

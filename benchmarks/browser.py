@@ -77,7 +77,7 @@ class Browser:
         self.url = None
 
     def show(self, html, width=900, height=700, density=1):
-        """Show a document in a window of a size in CSS pixels, on a screen with `density` pixels for each."""
+        """Show a document in a window of this size in CSS pixels; `density` is the device pixel ratio."""
         if self.session is None:
             self.attach()
         size = {"width": width, "height": height, "deviceScaleFactor": density, "mobile": False}

@@ -2,10 +2,10 @@
 
     python benchmarks/drawing.py checkpoints/Model4-seed1.pt
 
-Test images are enlarged to the size of the field and drawn in it. The page then does what it does after
-every stroke of a reader: it crops, scales and centers the drawing, runs the network and shows the
-answer. Writes drawing.csv, one row per checkpoint: the accuracy through the field and on the original
-images, the largest difference to PyTorch's probabilities, and the median time of a prediction.
+Test images are enlarged to the size of the field and drawn in it. The page then does what it does while
+a user draws: it crops, scales and centers the drawing, runs the network and shows the prediction. The
+script writes drawing.csv, one row per checkpoint: the accuracy in the field and on the original images,
+the largest difference from PyTorch's probabilities, and the median time of a prediction.
 """
 
 import json

@@ -172,7 +172,7 @@ def measure(variant, loader, device):
 def measure_untuned(variant, device, quick, threads):
     """Return the seconds of one pass in this process, which has not called `keep_freed_memory`.
 
-    It follows a pass over one image in ten, so that it does not include what happens only once.
+    A warm-up pass over one image in ten comes first, so that one-time costs are not included.
     """
     torch.set_num_threads(threads)
     key = loader_key(variant)

@@ -4,7 +4,7 @@
 
 The argument is the checkpoint of a full run. The program writes own_digits.csv. For each kind of picture
 a row has the percentage of correctly classified digits and its difference from the original images, or,
-for the kinds that show no digit or two, the percentage refused, which should be 100.
+for the kinds that show no digit or two, the percentage rejected, which should be 100.
 """
 
 import io
@@ -37,9 +37,9 @@ MNIST_DIGIT = 20 / 28  # share of an MNIST image that its digit takes
 
 
 class Kind(NamedTuple):
-    """One kind of picture: `draw(*images, random)` makes it of 28×28 images and a `torch.Generator`.
+    """One kind of picture: `draw(*images, random)` makes one from 28×28 images and a `torch.Generator`.
 
-    `predict` should refuse a picture that does not show exactly one digit.
+    `predict` should reject a picture that does not show exactly one digit.
     """
 
     draw: Callable
@@ -142,7 +142,7 @@ def along(page, angle):
 
 
 def add_gradient(page, random, darkest):
-    """Let the light fall evenly across the page to `darkest`, in a random direction."""
+    """Darken the page linearly, down to the factor `darkest`, in a random direction."""
     return page * (1 - (1 - darkest) * along(page, uniform(random, 0, 2 * math.pi)))
 
 
@@ -301,10 +301,10 @@ def chalk(image, random):
 
 
 def exif_rotated(image, random):
-    """Store the page turned by 90° with the EXIF orientation that turns it back."""
+    """Store the page rotated by 90° with the EXIF orientation that rotates it back."""
     picture = clean_page(image, random).transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90° clockwise
+    exif[0x0112] = 6  # orientation: rotate by 90° clockwise
     return save_and_open(picture, "JPEG", exif=exif, quality=90)
 
 
@@ -327,7 +327,7 @@ def palette(image, random):
 
 
 def phone_photo(image, random):
-    """Put together, all mildly: ruled paper, rotation, table, gradient, vignette, shadow, noise, JPEG."""
+    """Combine mild ruled paper, rotation, table, gradient, vignette, shadow, noise and JPEG compression."""
     shift = (round(uniform(random, -80, 80)), round(uniform(random, -120, 120)))
     degrees = uniform(random, -8, 8)
     digit = uniform(random, 250, 420)
@@ -341,7 +341,7 @@ def phone_photo(image, random):
     return save_and_open(to_picture(page).convert("RGB"), "JPEG", quality=75)
 
 
-# ---- pictures that should be refused ----
+# ---- pictures that should be rejected ----
 
 
 def blank(random):
@@ -416,7 +416,7 @@ KINDS = {
     "noise σ 12": Kind(noise_12),
     "noise σ 20": Kind(noise_20),
     "ruled paper": Kind(ruled),
-    "squared paper": Kind(squared),
+    "graph paper": Kind(squared),
     "table on one side": Kind(table_on_one_side),
     "table on all sides": Kind(table_on_all_sides),
     "pencil": Kind(pencil),
@@ -446,17 +446,17 @@ def draw_pictures(kind, images):
 
 
 def evaluate(model, kind, images, target):
-    """Return how many pictures of a kind are classified correctly, and how many are refused."""
+    """Return how many pictures of a kind are classified correctly, and how many are rejected."""
     correct = 0
-    refused = 0
+    rejected = 0
     for number, picture in enumerate(draw_pictures(kind, images)):
         try:
             predicted = utils.predict(model, picture).argmax()
         except ValueError:
-            refused += 1
+            rejected += 1
             continue
         correct += int(predicted == target[number])
-    return correct, refused
+    return correct, rejected
 
 
 def percent(count, total):
@@ -477,16 +477,16 @@ def main():
 
     rows = []
     for title, kind in tqdm(KINDS.items()):
-        correct, refused = evaluate(model, kind, images, target)
+        correct, rejected = evaluate(model, kind, images, target)
         row = {"pictures": title, "images": kind.pictures, "model": name}
-        row["refused"] = percent(refused, kind.pictures)
+        row["rejected"] = percent(rejected, kind.pictures)
         if kind.digits == 1:
             original = int(original_is_correct[: kind.pictures].sum())
             row["accuracy"] = percent(correct, kind.pictures)
-            row["to_original"] = percent(correct - original, kind.pictures)
-        else:  # such a picture is right if it is refused
-            row["accuracy"] = row["refused"]
-            row["to_original"] = ""
+            row["vs_original"] = percent(correct - original, kind.pictures)
+        else:  # such a picture is right if it is rejected
+            row["accuracy"] = row["rejected"]
+            row["vs_original"] = ""
         rows.append(row | machine_columns("cpu"))
     write_rows(rows, CSV)
 

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from common import PUBLISHED, ROOT, count_parameters, mean_of_last_five, read_rows, recorded_runs
 
 import utils
-from model import MODELS, create_model
+from model import create_model
 
 PARAMETER_LIMIT = 8000  # of the course
 CURVES_SIZE = (11, 3.4)  # inches; the width is that of the notebook's figures, so that fonts look the same
@@ -50,11 +50,13 @@ def plot_curves(name, runs):
         axis.set_xlabel("epoch")
         axis.set_ylabel("accuracy (%)")
         axis.set_ylim(98, 100)  # early epochs may be cut off
+        legend_position = "lower right"
         if name == "Model1":
             axis.set_ylim(86, 100)
+            legend_position = "center right"
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(loc="lower right")
+        axis.legend(loc=legend_position)
     utils.show_figure(figure, name, f"Train and test accuracy of {name} per epoch, for each seed")
 
 
@@ -92,6 +94,7 @@ def plot_overview(runs):
             textcoords="offset points",
             horizontalalignment=alignment,
             verticalalignment="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # hides the line behind the text
         )
         if name in PUBLISHED:
             axis.plot(parameters, PUBLISHED[name].test_acc, color=color, marker="x", markersize=9)
@@ -111,7 +114,7 @@ def plot_overview(runs):
 
 def main():
     runs = recorded_runs(read_rows(ROOT / "benchmarks" / "accuracy.csv"))
-    for name in MODELS:
+    for name in MODEL_COLORS:
         plot_curves(name, runs)
     plot_overview(runs)
 

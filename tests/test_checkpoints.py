@@ -510,7 +510,7 @@ def test_optimizer_of_another_model_is_rejected(tmp_path, resume):
     record_epoch(fresh_run(tmp_path / "run.pt"))
     parts = Parts()
     parts.model = create_model("Model3")
-    with pytest.raises(ValueError, match="^the optimizer does not belong to this model: create it anew$"):
+    with pytest.raises(ValueError, match="^the optimizer does not belong to this model: create a new one$"):
         parts.run(tmp_path / "run.pt", resume)
 
 
@@ -693,9 +693,8 @@ def test_checkpoint_with_different_settings_is_rejected(small, tmp_path, change,
     train(path, small(40), epochs=2)
     before = path.read_bytes()
     settings = {"epochs": 2} | change
-    message = (
-        f"run.pt was created with different settings .{differences}.: restore them, or set RESUME = False$"
-    )
+    remedy = "use the checkpoint's settings, or set RESUME = False"
+    message = f"run.pt was created with different settings .{differences}.: {remedy}$"
     with pytest.raises(ValueError, match=f"^.*{message}"):
         train(path, small(40), replace(STEP, **recipe_change), **settings)
     assert path.read_bytes() == before

@@ -161,7 +161,7 @@ def test_empty_batches_are_rejected(small, count, batch_size):
         pytest.param(-1, "^labels range from -1 to 9, but must be 0 to 9: ", id="negative"),
     ],
 )
-def test_labels_that_are_no_digits_are_rejected(small, label, message):
+def test_labels_that_are_not_digits_are_rejected(small, label, message):
     dataset = small(99)
     dataset.labels[0] = label
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The path of a GPU, without a GPU: tensors without content on a device that is not the CPU.
+"""The GPU code path, tested without a GPU: tensors without content on a device other than the CPU.
 
 FakeTensorMode computes only shapes and devices. An operation on two devices raises, as on a GPU.
 """
@@ -65,7 +65,7 @@ class Accelerator(TorchDispatchMode):
 
 
 def element_list(tensor):
-    """FakeTensor's own tolist is not for reading."""
+    """Replace FakeTensor's own tolist, which cannot read values."""
     return [element.item() for element in tensor]
 
 

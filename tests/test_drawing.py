@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 import utils
-from model import MODELS, create_model
+from model import MODELS, Network, conv_block, create_model
 
 CLASSIFY_TOLERANCE = 1e-4  # in probability: PyTorch computes in float32
 PREPARE_TOLERANCE = 1e-5  # in gray levels from 0 to 1: `prepare_digit` returns float32 after normalization
@@ -168,7 +168,7 @@ def field(show):
 def prepare_clean(picture):
     """Return the network input of a drawing, cropped as `prepare_digit` crops the digit that it finds.
 
-    `prepare_digit` itself refuses what is not shaped like a digit; the field answers to any stroke.
+    `prepare_digit` itself rejects what is not shaped like a digit; the field predicts from any stroke.
     """
     ink = pil_to_tensor(picture.getchannel("A"))[0] / 255
     ink = ink / ink.max()
@@ -229,6 +229,24 @@ def test_layer_that_the_page_cannot_compute_is_named(layer):
         utils.export_layers(model)
     assert "\n" not in str(caught.value)
     assert str(layer) in str(caught.value)
+
+
+class Skip(Network):
+    """A network that draw.html cannot compute, because its `forward` skips a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = conv_block(1, 10)
+        self.skipped = conv_block(10, 10)
+        self.gap = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        return self.gap(self.block(x)).flatten(1).log_softmax(1)
+
+
+def test_network_that_does_not_apply_its_layers_in_order_is_rejected():
+    with pytest.raises(ValueError, match="^draw.html applies the layers in the order of their definition"):
+        utils.drawing_field(Skip(), "Skip")
 
 
 def test_missing_file_is_named_with_the_remedy(monkeypatch, tmp_path):
@@ -450,7 +468,7 @@ def test_narrow_screen_needs_no_horizontal_scrolling(show):
 
 
 def test_field_and_answer_are_accessible(field):
-    assert field.get("root.querySelector('svg').getAttribute('aria-label')") == "Field to draw a digit in"
+    assert field.get("root.querySelector('svg').getAttribute('aria-label')") == "Drawing field"
     assert field.get("root.querySelector('output').getAttribute('aria-live')") == "polite"
     tree = field.page.call("Accessibility.getFullAXTree")["nodes"]
     roles = {node["role"]["value"] for node in tree if not node["ignored"]}

@@ -229,7 +229,7 @@ def test_a_digit_of_a_twentieth_of_the_picture_is_read():
     assert_same_digit(to_picture(add_noise(on_paper(page), 4)), clean_seven(), tolerance=0.07)
 
 
-# A tightly cropped 2 of this font is refused: its base lies along the whole border.
+# A tightly cropped 2 of this font is rejected: its base lies along the whole border.
 @pytest.mark.parametrize("digit", list("013456789"))
 def test_a_tight_crop_is_read(digit):
     page = draw_page(digit)
@@ -247,7 +247,7 @@ def test_a_five_with_a_separate_bar_keeps_its_bar():
     assert prepared[4:7].sum() > 5  # the bar
 
 
-# ---- refused pictures ----
+# ---- rejected pictures ----
 
 
 def blank(angle=0, darkest=1.0, sigma=0):
@@ -280,13 +280,13 @@ def table_only():
         pytest.param(table_only(), id="table"),
     ],
 )
-def test_a_page_without_a_digit_is_refused(picture):
+def test_a_page_without_a_digit_is_rejected(picture):
     with pytest.raises(ValueError, match="^no digit found: give .*$"):
         utils.prepare_digit(picture)
 
 
 @pytest.mark.parametrize("digits", ["72", "11", "50", "48"])
-def test_two_digits_side_by_side_are_refused(digits):
+def test_two_digits_side_by_side_are_rejected(digits):
     page = Image.new("L", (400, 300))
     for digit, x in zip(digits, (120, 280), strict=True):
         page = ImageChops.lighter(page, draw_page(digit, page.size, middle=(x, 150)))
@@ -319,14 +319,14 @@ def test_paths_files_and_images_give_the_same_input(tmp_path, monkeypatch):
         pytest.param(7, id="number"),
     ],
 )
-def test_other_types_are_refused_without_printing_the_data(image):
-    with pytest.raises(ValueError, match="^a picture cannot be given as .*: give a path, .*$") as caught:
+def test_other_types_are_rejected_without_printing_the_data(image):
+    with pytest.raises(ValueError, match="^unsupported type for a picture, .*: pass a path, .*$") as caught:
         utils.prepare_digit(image)
     assert len(str(caught.value)) < 150
 
 
-def damaged_png(cut=None, position=None):
-    """Return a PNG file's bytes, cut off or with one byte changed."""
+def corrupted_png(cut=None, position=None):
+    """Return a PNG file's bytes, truncated or with one byte changed."""
     file = io.BytesIO()
     clean_seven().save(file, "PNG")
     data = bytearray(file.getvalue())
@@ -340,29 +340,31 @@ def damaged_png(cut=None, position=None):
     [
         pytest.param(b"", id="empty"),
         pytest.param(b"3", id="text"),
-        pytest.param(damaged_png(cut=20), id="cut in the header"),
-        pytest.param(damaged_png(cut=60), id="cut in the data"),
-        pytest.param(damaged_png(position=29), id="wrong checksum"),  # SyntaxError in Pillow
+        pytest.param(corrupted_png(cut=20), id="cut in the header"),
+        pytest.param(corrupted_png(cut=60), id="cut in the data"),
+        pytest.param(corrupted_png(position=29), id="wrong checksum"),  # SyntaxError in Pillow
     ],
 )
-def test_a_damaged_file_is_refused_in_one_line(tmp_path, data):
+def test_a_corrupted_file_is_rejected_in_one_line(tmp_path, data):
     path = tmp_path / "digit.png"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"^.*digit\.png is not an image that can be read .*: give another$"):
+    with pytest.raises(
+        ValueError, match=r"^.*digit\.png cannot be read as an image .*: use a different file$"
+    ):
         utils.prepare_digit(path)
-    with pytest.raises(ValueError, match="^BytesIO is not an image that can be read .*: give another$"):
+    with pytest.raises(ValueError, match="^BytesIO cannot be read as an image .*: use a different file$"):
         utils.prepare_digit(io.BytesIO(data))
 
 
-def test_a_missing_file_and_a_folder_are_refused_in_one_line(tmp_path):
+def test_a_missing_file_and_a_folder_are_rejected_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^.*none\.png is not an image that can be read .*No such.*$"):
         utils.prepare_digit(tmp_path / "none.png")
-    with pytest.raises(ValueError, match="^.* is not an image that can be read .*: give another$"):
+    with pytest.raises(ValueError, match="^.* cannot be read as an image .*: use a different file$"):
         utils.prepare_digit(tmp_path)
 
 
 @pytest.mark.parametrize("limit", [40_000, 20_000], ids=["Pillow warns", "Pillow raises"])
-def test_a_decompression_bomb_is_refused_in_one_line(tmp_path, monkeypatch, limit):
+def test_a_decompression_bomb_is_rejected_in_one_line(tmp_path, monkeypatch, limit):
     draw_bar().save(tmp_path / "bar.png")  # 48,000 pixels
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(ValueError, match=r"^.*bar\.png is not an image that can be read .*bomb.*$"):

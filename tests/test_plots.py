@@ -1,6 +1,7 @@
 """Layer tables, plots and reports: the computed and plotted values, not just that plotting succeeds."""
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import pytest
@@ -237,10 +238,12 @@ def test_at_most_20_digits_are_plotted(small, figures):
     assert figures[0].alt.endswith(", 18, 19")
 
 
-def test_axes_of_digits_are_hidden(small, figures):
+def test_digits_are_framed_without_ticks(small, figures):
     utils.plot_digits(small(3).images, [1, 2, 3], "three images", "name")
-    for axis in figures[0].figure.axes:
-        assert not axis.axison
+    axes = figures[0].figure.axes
+    assert [axis.axison for axis in axes] == [True] * 3 + [False] * 17
+    for axis in axes[:3]:
+        assert len(axis.get_xticks()) == len(axis.get_yticks()) == 0
 
 
 # ---- history ----
@@ -351,7 +354,7 @@ def test_run_is_summarized_in_four_lines():
     assert utils.summarize_run(history, "Model3 on MNIST").splitlines() == [
         "Model3 on MNIST: 6 epochs, learning rate from 0.1 to 0.01",
         "last epoch: train 98.00 %, test 99.40 %; best test 99.43 %",
-        "minimum test accuracy over the last five epochs: 98.80 %",
+        "test accuracy over the last five epochs: mean 99.25 %, minimum 98.80 %",
         "test accuracy ≥ 99.4 %: from epoch 4 on",
     ]
 
@@ -369,6 +372,61 @@ def test_summary_of_one_epoch_uses_the_singular():
 
 def test_summary_without_a_completed_epoch_says_so():
     assert utils.summarize_run(utils.History(), "interrupted") == "interrupted: no completed epoch"
+
+
+class FinishedRun(NamedTuple):
+    """What `summarize_end_of_augmentation` reads of a `Run`."""
+
+    settings: dict
+    history: utils.History
+
+
+def run_of(test_acc, epochs, clean_epochs, augmentation=None):
+    """Return a run with these test accuracies, its train accuracies one point lower."""
+    history = utils.History(
+        train_losses=[0.1] * len(test_acc),
+        train_acc=[accuracy - 1 for accuracy in test_acc],
+        test_losses=[0.1] * len(test_acc),
+        test_acc=test_acc,
+        learning_rates=[0.1] * len(test_acc),
+        seconds=[1] * len(test_acc),
+    )
+    settings = {"epochs": epochs, "clean_epochs": clean_epochs, "augmentation": augmentation}
+    return FinishedRun(settings, history)
+
+
+AUGMENTATION = {"degrees": 10, "shift": 0.06, "scale": 0.06}
+
+
+def test_accuracies_before_and_after_the_end_of_augmentation_are_shown():
+    run = run_of([90.0, 91.0, 99.0], epochs=3, clean_epochs=1, augmentation=AUGMENTATION)
+    assert utils.summarize_end_of_augmentation(run).splitlines() == [
+        "epoch 2, augmented images: train accuracy 90.00 %, test accuracy 91.00 %",
+        "epoch 3, original images: train accuracy 98.00 %, test accuracy 99.00 %",
+    ]
+
+
+@pytest.mark.parametrize(
+    "run, expected",
+    [
+        pytest.param(run_of([90.0] * 3, 3, 0), "No epoch of this run was augmented.", id="Model1"),
+        pytest.param(
+            run_of([90.0], 1, 5, AUGMENTATION), "No epoch of this run was augmented.", id="one epoch"
+        ),
+        pytest.param(
+            run_of([90.0] * 3, 3, 0, AUGMENTATION),
+            "All epochs of this run were augmented.",
+            id="no clean epochs",
+        ),
+        pytest.param(
+            run_of([90.0] * 2, 7, 5, AUGMENTATION),
+            "This run was interrupted before augmentation ended (after epoch 2).",
+            id="interrupted",
+        ),
+    ],
+)
+def test_run_without_an_end_of_augmentation_says_so(run, expected):
+    assert utils.summarize_end_of_augmentation(run) == expected
 
 
 # ---- misclassified images ----
@@ -490,7 +548,7 @@ def test_confusion_matrix_has_title_and_alternative_text(found, figures):
     confusion, _ = found
     utils.plot_confusion(confusion, "Model3 on MNIST")
     axis = figures[0].figure.axes[0]
-    assert axis.get_title() == "Model3 on MNIST"
+    assert axis.get_title() == "Model3 on MNIST: confusion matrix"
     assert axis.get_xlabel() == "predicted digit"
     assert axis.get_ylabel() == "true digit (accuracy)"
     assert figures[0].alt == "Model3 on MNIST: confusion matrix with 3 misclassified images"

@@ -52,7 +52,7 @@ def test_setting_among_the_choices_is_accepted(monkeypatch):
 
 @pytest.mark.parametrize("text", ["many", "-1", "0", "1.5", ""])
 @pytest.mark.parametrize("default", [15, None])
-def test_environment_variable_that_is_no_positive_integer_is_rejected(monkeypatch, text, default):
+def test_environment_variable_that_is_not_a_positive_integer_is_rejected(monkeypatch, text, default):
     monkeypatch.setenv("S7_NAME", text)
     message = f"^NAME is '{text}': it must be a positive integer, here or in S7_NAME$"
     with pytest.raises(ValueError, match=message):

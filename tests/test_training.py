@@ -197,7 +197,7 @@ def test_infinite_loss_raises_and_names_the_batch(small):
 
 
 def test_first_of_several_non_finite_losses_is_named():
-    """Where the device is read only now and then, several losses can be bad."""
+    """If the device is read only occasionally, several losses can be non-finite."""
     losses = torch.tensor([1.0, float("inf"), float("nan")])
     with pytest.raises(FloatingPointError, match="^batch 1: the loss is inf: lower the learning rate$"):
         utils.check_finite(losses)
