@@ -127,7 +127,7 @@ def test_confusion_matrix_is_titled_with_the_run_it_was_computed_for(kernel, mon
     titles = []
     monkeypatch.setattr(utils, "plot_confusion", lambda confusion, title: titles.append(title))
     kernel.run(CONFUSION)
-    assert titles == ["Model3 on stand-in digits (not MNIST), seed 1"]
+    assert titles == ["Model3 on stand-in digits (not MNIST)"]
 
 
 def test_resume_without_a_checkpoint_says_so_and_trains(kernel, monkeypatch, capsys):
@@ -383,8 +383,8 @@ def test_sanitizer_masks_only_allowed_differences(before, allowed, forbidden):
     for number in (allowed, forbidden):
         if number is None:
             continue
-        changed = re.sub(rf"({before})[\d.]+", rf"\g<1>{number}", text)
-        assert changed != text
+        changed, count = re.subn(rf"({before})[\d.]+", rf"\g<1>{number}", text)
+        assert count > 0
         assert (sanitize(changed) == sanitize(text)) == (number == allowed)
 
 
