@@ -357,7 +357,7 @@ def test_a_corrupted_file_is_rejected_in_one_line(tmp_path, data):
 
 
 def test_a_missing_file_and_a_folder_are_rejected_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"^.*none\.png is not an image that can be read .*No such.*$"):
+    with pytest.raises(ValueError, match=r"^.*none\.png cannot be read as an image .*No such.*$"):
         utils.prepare_digit(tmp_path / "none.png")
     with pytest.raises(ValueError, match="^.* cannot be read as an image .*: use a different file$"):
         utils.prepare_digit(tmp_path)
@@ -367,7 +367,7 @@ def test_a_missing_file_and_a_folder_are_rejected_in_one_line(tmp_path):
 def test_a_decompression_bomb_is_rejected_in_one_line(tmp_path, monkeypatch, limit):
     draw_bar().save(tmp_path / "bar.png")  # 48,000 pixels
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ValueError, match=r"^.*bar\.png is not an image that can be read .*bomb.*$"):
+    with pytest.raises(ValueError, match=r"^.*bar\.png cannot be read as an image .*bomb.*$"):
         utils.prepare_digit(tmp_path / "bar.png")
 
 
