@@ -414,6 +414,9 @@ def test_accuracies_before_and_after_the_end_of_augmentation_are_shown():
             run_of([90.0], 1, 5, AUGMENTATION), "No epoch of this run was augmented.", id="one epoch"
         ),
         pytest.param(
+            run_of([90.0] * 5, 5, 5, AUGMENTATION), "No epoch of this run was augmented.", id="five epochs"
+        ),
+        pytest.param(
             run_of([90.0] * 3, 3, 0, AUGMENTATION),
             "All epochs of this run were augmented.",
             id="no clean epochs",
