@@ -235,7 +235,6 @@ def measure_rounds(variants, rounds, device, quick):
 def summarize(seconds, device):
     """Return the rows of epoch_time.csv for what `measure_rounds` returned."""
     median = {variant: statistics.median(times) for variant, times in seconds.items()}
-    rows = []
 
     def ratio(variant, baseline):
         """Return the quotient of two medians, or an empty string if the baseline was not measured."""
@@ -244,6 +243,7 @@ def summarize(seconds, device):
             return ""
         return f"{median[variant] / median[baseline]:.3f}"
 
+    rows = []
     for variant, times in seconds.items():
         row = {
             "model": variant.model,

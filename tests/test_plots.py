@@ -1,7 +1,6 @@
 """Layer tables, plots and reports: the computed and plotted values, not just that plotting succeeds."""
 
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import pytest
@@ -374,13 +373,6 @@ def test_summary_without_a_completed_epoch_says_so():
     assert utils.summarize_run(utils.History(), "interrupted") == "interrupted: no completed epoch"
 
 
-class FinishedRun(NamedTuple):
-    """What `summarize_end_of_augmentation` reads of a `Run`."""
-
-    settings: dict
-    history: utils.History
-
-
 def run_of(test_acc, epochs, clean_epochs, augmentation=None):
     """Return a run with these test accuracies, its train accuracies one point lower."""
     history = utils.History(
@@ -392,7 +384,7 @@ def run_of(test_acc, epochs, clean_epochs, augmentation=None):
         seconds=[1] * len(test_acc),
     )
     settings = {"epochs": epochs, "clean_epochs": clean_epochs, "augmentation": augmentation}
-    return FinishedRun(settings, history)
+    return SimpleNamespace(settings=settings, history=history)
 
 
 AUGMENTATION = {"degrees": 10, "shift": 0.06, "scale": 0.06}
