@@ -355,6 +355,6 @@ def test_epoch_times_replace_those_of_the_same_model_and_threads(tmp_path, monke
 
 
 def test_only_models_in_another_memory_format_are_measured_without_it():
-    names = [variant.name for variant in epoch_time.list_variants("Model4", "cpu")]
-    assert names.count(epoch_time.CONTIGUOUS) == 1
-    assert epoch_time.CONTIGUOUS not in [v.name for v in epoch_time.list_variants("Model3", "cpu")]
+    contiguous = epoch_time.Variant("Model4", "train", epoch_time.CONTIGUOUS)
+    assert epoch_time.list_variants("Model4", "cpu").count(contiguous) == 1
+    assert contiguous._replace(model="Model3") not in epoch_time.list_variants("Model3", "cpu")

@@ -373,11 +373,11 @@ def test_summary_without_a_completed_epoch_says_so():
     assert utils.summarize_run(utils.History(), "interrupted") == "interrupted: no completed epoch"
 
 
-def run_of(test_acc, epochs, clean_epochs, augmentation=None):
-    """Return a run with these test accuracies, its train accuracies one point lower."""
+def run_of(test_acc, epochs, clean_epochs, augmentation=None, train_acc=None):
+    """Return what `summarize_end_of_augmentation` reads of a run; `train_acc` is `test_acc` by default."""
     history = utils.History(
         train_losses=[0.1] * len(test_acc),
-        train_acc=[accuracy - 1 for accuracy in test_acc],
+        train_acc=train_acc or test_acc,
         test_losses=[0.1] * len(test_acc),
         test_acc=test_acc,
         learning_rates=[0.1] * len(test_acc),
@@ -391,7 +391,7 @@ AUGMENTATION = {"degrees": 10, "shift": 0.06, "scale": 0.06}
 
 
 def test_accuracies_before_and_after_the_end_of_augmentation_are_shown():
-    run = run_of([90.0, 91.0, 99.0], epochs=3, clean_epochs=1, augmentation=AUGMENTATION)
+    run = run_of([90.0, 91.0, 99.0], 3, 1, AUGMENTATION, train_acc=[89.0, 90.0, 98.0])
     assert utils.summarize_end_of_augmentation(run).splitlines() == [
         "epoch 2, augmented images: train accuracy 90.00 %, test accuracy 91.00 %",
         "epoch 3, original images: train accuracy 98.00 %, test accuracy 99.00 %",
