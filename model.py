@@ -174,4 +174,4 @@ def create_model(name):
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     model = MODELS[name]()
-    return model.to(memory_format=model.memory_format)
+    return model.to(memory_format=getattr(model, "memory_format", torch.contiguous_format))

@@ -1,441 +1,123 @@
-"""Everything except the networks, in the notebook's order.
+"""What the notebook trains with: recipes, data, training, runs and checkpoints, plots and reports.
 
-Sections: recipes and settings, data, training, runs, plots and reports, own digit, drawing field.
-Error messages about invalid input are a single line that says what is wrong and what to do.
+The networks are in `model.py`.
 """
 
-import base64
 import contextlib
-import ctypes
-import html
+import difflib
+import inspect
 import io
 import itertools
-import json
 import math
 import os
+import re
 import socket
 import statistics
 import sys
 import time
-import uuid
-import warnings
 import zipfile
-from dataclasses import dataclass, field, fields, replace
+from ast import literal_eval
+from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchinfo
 from IPython import get_ipython
 from IPython.core.pylabtools import select_figure_formats
 from IPython.display import display
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
-
-# ---- recipes and settings ----
-
-
-def plain_value(value):
-    """Return a setting as a string, number, bool or None, or as a list or dictionary of these.
-
-    A class becomes its name, and a NumPy or PyTorch scalar becomes a Python number: a checkpoint is
-    loaded without running code, so it can contain nothing else. Raise ValueError for any other type.
-    """
-    if isinstance(value, dict):
-        return {key: plain_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_value(item) for item in value]
-    if isinstance(value, type):
-        return value.__name__
-    if value is None or type(value) in (str, bool, int, float):
-        return value
-    if hasattr(value, "item"):
-        try:
-            return value.item()
-        except (RuntimeError, ValueError):
-            pass  # more than one element
-    raise ValueError(f"a setting is of type {type(value).__name__}: use text, a number or a dictionary")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The hyperparameters of a model's training.
-
-    Numbers of numpy or torch are converted to Python's (see `plain_value`).
-    """
-
-    sgd: dict  # arguments of torch.optim.SGD
-    scheduler: type  # a class of torch.optim.lr_scheduler
-    scheduler_args: dict  # its arguments
-    batch_size: int = 128
-    augmentation: dict | None = None  # arguments of random_affine
-    clean_epochs: int = 0  # number of final epochs without augmentation
-
-    def __post_init__(self):
-        for item in fields(self):
-            if item.name != "scheduler":
-                number = plain_value(getattr(self, item.name))
-                object.__setattr__(self, item.name, number)  # the class is frozen
-
-    def augmentation_for(self, epoch, epochs):
-        """Return the augmentation of epoch number `epoch`, from 1 to `epochs`, or None."""
-        if epoch > epochs - self.clean_epochs:
-            return None
-        return self.augmentation
-
-
-PUBLISHED_SGD = dict(lr=0.01, momentum=0.9)
-PUBLISHED_STEP = Recipe(PUBLISHED_SGD, StepLR, dict(step_size=6, gamma=0.1))
-PUBLISHED_PLATEAU = Recipe(
-    PUBLISHED_SGD,
-    ReduceLROnPlateau,
-    dict(mode="min", factor=0.1, patience=10, threshold=1e-4, threshold_mode="abs"),
-)
-AUGMENTED = Recipe(
-    sgd=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
-    scheduler=StepLR,
-    scheduler_args=dict(step_size=1, gamma=0.75),
-    augmentation=dict(degrees=10, shift=0.06, scale=0.06),
-    clean_epochs=5,
-)
-RECIPES = {
-    "Model1": PUBLISHED_STEP,
-    "Model2": PUBLISHED_STEP,
-    "Model3": PUBLISHED_PLATEAU,
-    "Model4": AUGMENTED,
-    "Model5": AUGMENTED,
-}
-
-
-def get_recipe(model, batch_size=None):
-    """Return the recipe of a model, by name, with another batch size if `batch_size` is given.
-
-    Raise ValueError, listing the valid names, if the name is unknown.
-    """
-    if model not in RECIPES:
-        raise ValueError(f"no recipe for model {model!r}: choose one of {', '.join(RECIPES)}")
-    recipe = RECIPES[model]
-    if batch_size is not None:
-        recipe = replace(recipe, batch_size=batch_size)
-    return recipe
-
-
-def planned_learning_rates(recipe, epochs):
-    """Return the learning rate of each epoch, as a list.
-
-    `ReduceLROnPlateau` adapts to the test loss; its rates are returned as if the loss always improved.
-    """
-    optimizer = torch.optim.SGD([torch.zeros(1)], **recipe.sgd)
-    scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
-    rates = []
-    for _ in range(epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        if not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()
-    return rates
-
-
-def setting_from_env(name, default, choices=None):
-    """Return a setting: the environment variable `S7_<name>` if it is set, otherwise `default`.
-
-    The value has the type of `default`: str, bool (written 0, 1, True or False) or a positive int.
-    If `default` is None, the value is None or a positive int. Raise ValueError for any other value,
-    or one that is not among `choices`.
-    """
-    value = os.environ.get(f"S7_{name}", default)
-    if value is None:
-        return None
-    if isinstance(default, bool):
-        return parse_bool(name, value)
-    if default is None or isinstance(default, int):
-        return parse_positive_int(name, value)
-    if choices is not None and value not in choices:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
-    return value
-
-
-def parse_bool(name, value):
-    """Return a bool given as a bool, 0, 1, True or False; raise ValueError for anything else."""
-    text = str(value).lower()
-    if text not in ("0", "1", "false", "true"):
-        raise ValueError(f"{name} is {value!r}: choose one of 0, 1, True, False")
-    return text in ("1", "true")
-
-
-def parse_positive_int(name, value):
-    """Return a positive integer given as a number or as text; raise ValueError for anything else."""
-    text = str(value)
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"{name} is {value!r}: it must be a positive integer, here or in S7_{name}")
-    return int(text)
-
-
-# ---- data ----
 
 DIGITS = 10
 SIDE = 28  # pixels
 MEAN = 0.1307  # of the 60,000 training images, with pixels scaled to [0, 1]
 STD = 0.3081
 BLACK = -MEAN / STD  # a black pixel after normalization
-MNIST_MD5 = {  # of the four uncompressed original files
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
-MIRROR_TIMEOUT = 15  # seconds
 
-
-@dataclass(frozen=True)
-class DigitSet:
-    """A data set in memory: uint8 images `(N, 28, 28)` and int64 labels `(N,)`.
-
-    An index (a slice or an index tensor) gives a smaller set of the same name.
-    """
-
-    name: str
-    images: torch.Tensor
-    labels: torch.Tensor
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return DigitSet(self.name, self.images[index], self.labels[index])
-
-
-class MNIST(datasets.MNIST):  # torchvision names its folder after the class
-    """torchvision's MNIST, with the MD5 of all four files verified before any of them is read.
-
-    Missing or corrupted files are downloaded, with a timeout of 15 seconds per mirror. Raise
-    RuntimeError, naming the file and the remedy, if that fails or a file cannot be read.
-    """
-
-    def __init__(self, root, train=True):
-        try:
-            super().__init__(root, train, download=True)
-        except OSError as error:
-            raise RuntimeError(
-                f"{error.filename or root} cannot be read ({error.strerror}): fix its permissions,"
-                " or set MNIST_ROOT to another folder"
-            ) from None
-
-    def _check_legacy_exist(self):
-        return False  # never read the `processed` folder of old torchvision versions: it has no MD5
-
-    def _check_exists(self):
-        return self.first_bad_file() is None
-
-    def first_bad_file(self):
-        """Return the path of the first file that is missing or corrupted, or None."""
-        for name, md5 in MNIST_MD5.items():
-            path = Path(self.raw_folder) / name
-            if not check_integrity(path, md5):
-                return path
-        return None
-
-    def download(self):
-        if self._check_exists():
-            return
-        print(f"Downloading MNIST (11 MB) to {self.raw_folder}")
-        previous_timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(MIRROR_TIMEOUT)
-        printed = io.StringIO()
-        progress_bars = io.StringIO()  # are not shown, because they would differ from run to run
-        try:
-            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress_bars):
-                super().download()
-        except (OSError, RuntimeError, HTTPException) as error:
-            reason = f"{printed.getvalue()} {error}"  # old versions of torchvision print the reason
-            raise RuntimeError(self.download_failure(reason, error)) from None
-        finally:
-            socket.setdefaulttimeout(previous_timeout)
-
-    def download_failure(self, reason, error):
-        """Return one line that names the file that could not be downloaded, the reason and the remedy."""
-        path = self.first_bad_file()
-        problem = "is missing"
-        if path.exists():
-            problem = "is corrupted"
-        reason = " ".join(reason.split()) or type(error).__name__
-        return (
-            f"{path} {problem} and could not be downloaded ({reason}): check the network connection and"
-            " rerun, place the original file there, or set MNIST_ROOT"
-        )
-
-
-def draw_standin(train):
-    """Return synthetic digits in MNIST's format: 6,000 training or 1,000 test images.
-
-    They are glyphs of Pillow's default font, randomly rotated, shifted and scaled, and identical in
-    every run. They are used if MNIST is not available, and in the tests.
-    """
-    font = ImageFont.load_default(24)
-    glyphs = []
-    for digit in range(DIGITS):
-        image = Image.new("L", (SIDE, SIDE))
-        ImageDraw.Draw(image).text((14, 14), str(digit), fill=255, font=font, anchor="mm")
-        glyphs.append(pil_to_tensor(image))
-    count = 1000
-    if train:
-        count = 6000
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(train))
-        labels = torch.randint(DIGITS, (count,))
-        data = normalize(torch.cat(glyphs)[labels])
-        data = random_affine(data, degrees=20, shift=0.1, scale=0.2)
-    images = ((data * STD + MEAN) * 255).round().byte().squeeze(1)
-    return DigitSet("stand-in digits (not MNIST)", images, labels)
-
-
-def load_data(standin=True):
-    """Return the training and the test set: MNIST or, with a prominent warning, the stand-in.
-
-    MNIST is read from the folder `MNIST_ROOT` (default `./data`). With `standin=False` or
-    `S7_STANDIN=0`, raise RuntimeError if MNIST is not available; with `S7_STANDIN=1`, use the stand-in
-    without trying MNIST.
-    """
-    root = Path(os.environ.get("MNIST_ROOT", "./data")).expanduser()
-    wanted = setting_from_env("STANDIN", "", choices=("", "0", "1"))
-    try:
-        if standin and wanted == "1":
-            raise RuntimeError("the stand-in was requested with S7_STANDIN=1")
-        train_set = MNIST(root, train=True)
-        test_set = MNIST(root, train=False)
-    except RuntimeError as error:
-        if not standin or wanted == "0":
-            raise
-        print(f"*** THIS IS NOT MNIST: {error}.")
-        print(
-            "*** Using stand-in digits: the results below are not MNIST results. To use MNIST, rerun with"
-            " network access, or set MNIST_ROOT to the folder that contains MNIST/raw."
-        )
-        return draw_standin(train=True), draw_standin(train=False)
-    return (
-        DigitSet("MNIST", train_set.data, train_set.targets),
-        DigitSet("MNIST", test_set.data, test_set.targets),
-    )
-
-
-def normalize(images):
-    """Return uint8 images `(N, H, W)` as float32 `(N, 1, H, W)`, normalized with MNIST's mean and std.
-
-    The values are those of torchvision's `ToTensor` and `Normalize((0.1307,), (0.3081,))`.
-    """
-    return images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
-
-
-class BatchLoader:
-    """An iterable over the batches of a `DigitSet`, which is kept on `device` as one normalized tensor.
-
-    Yields `(data, target)`: float32 `(B, 1, 28, 28)` and int64 `(B,)`; the last batch may be smaller.
-    `shuffle` draws a new order for every epoch. `augmentation`, the arguments of `random_affine` or
-    None, may be changed between epochs. Raise ValueError for a batch size below 1, an empty data set,
-    or a label that is not a digit.
-    """
-
-    def __init__(self, dataset, batch_size, device, shuffle=False, augmentation=None):
-        if batch_size < 1 or len(dataset) == 0:
-            raise ValueError(f"{len(dataset)} images in batches of {batch_size}: both must be at least 1")
-        low = dataset.labels.min().item()
-        high = dataset.labels.max().item()
-        if low < 0 or high >= DIGITS:
-            raise ValueError(f"labels range from {low} to {high}, but must be 0 to 9: check the data set")
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.augmentation = augmentation
-        self.data = normalize(dataset.images.to(device))
-        self.target = dataset.labels.to(device)
-
-    def __len__(self):
-        return math.ceil(len(self.target) / self.batch_size)
-
-    def __iter__(self):
-        if self.shuffle:
-            order = torch.randperm(len(self.target))
-        else:
-            order = torch.arange(len(self.target))
-        for index in order.to(self.data.device).split(self.batch_size):
-            data = self.data[index]
-            if self.augmentation is not None:
-                data = random_affine(data, **self.augmentation)
-            yield data, self.target[index]
-
-
-def random_affine(data, degrees, shift, scale):
-    """Rotate, shift and scale each image of a normalized batch `(B, 1, H, W)` at random.
-
-    The amounts are uniform: rotation within ± `degrees`, shift within ± `shift` of the side length
-    in each direction, size within 1 ± `scale`.
-    """
-    amounts = torch.rand(4, len(data), device=data.device) * 2 - 1
-    return affine(data, amounts[0] * degrees, amounts[1:3].T * shift, 1 + amounts[3] * scale)
-
-
-def affine(data, angle, shift, size):
-    """Rotate, shift and scale each image of a normalized batch `(B, 1, H, W)` by the given amounts.
-
-    `angle` `(B,)` is in degrees, clockwise; `shift` `(B, 2)` is right and down, as fractions of the side
-    length; `size` `(B,)` is the scale factor. Interpolation is bilinear, the outside is black, and the
-    transformation is that of torchvision's `functional.affine`.
-    """
-    angle = angle.deg2rad()
-    cos = angle.cos() / size
-    sin = angle.sin() / size
-    rotation = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
-    translation = -2 * rotation @ shift.unsqueeze(2)  # grid coordinates run from -1 to 1
-    grid = affine_grid(torch.cat([rotation, translation], 2), *data.shape[2:])
-    return F.grid_sample(data - BLACK, grid, align_corners=False) + BLACK
-
-
-def affine_grid(theta, height, width):
-    """Return what `F.affine_grid` returns for matrices `theta` `(B, 2, 3)`: a grid `(B, H, W, 2)`.
-
-    One matrix product for the whole batch takes a twentieth of the time of `F.affine_grid` on a CPU,
-    which has one product per image.
-    """
-    y = (torch.arange(height, device=theta.device) * 2 + 1) / height - 1  # centers of the pixels
-    x = (torch.arange(width, device=theta.device) * 2 + 1) / width - 1
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    centers = torch.stack([x, y, torch.ones_like(x)]).flatten(1)
-    grid = theta @ centers
-    return grid.unflatten(2, (height, width)).permute(0, 2, 3, 1)
-
-
-# ---- training ----
-
-
-def keep_freed_memory():
-    """Tell glibc to keep freed memory for reuse instead of returning it to the system after every step.
-
-    Affects the whole process; Linux only. See `benchmarks/epoch_time.csv` for the effect.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # a C library other than glibc
-        return
-    M_MMAP_THRESHOLD = -3  # constants of glibc's malloc.h
-    M_TRIM_THRESHOLD = -1
-    mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+#############################################
+#             Training and test             #
+#############################################
 
 
 def GetCorrectPredCount(pred, target):
     """Return the number of correct predictions of `pred` `(B, 10)` for `target` `(B,)`.
 
-    The number is a tensor, so that the device is not synchronized.
+    The number is a tensor, so that nothing waits for the device.
     """
     return pred.argmax(dim=1).eq(target).sum()
+
+
+def train(model, device, train_loader, optimizer, criterion):
+    """Train for one epoch; return the mean loss per sample and the accuracy in percent.
+
+    Both are measured on the fly, in training mode. Raise FloatingPointError if the loss is not finite.
+    """
+    model.train()
+    refresh_every = 50  # batches, because reading the loss waits for the device
+    if torch.device(device).type == "cpu":
+        refresh_every = 1
+    losses = []
+    correct = 0
+    count = 0
+    with tqdm(train_loader, file=progress_file()) as bar:
+        for batch_id, (data, target) in enumerate(bar):
+            data = data.to(device)
+            target = target.to(device)
+            optimizer.zero_grad()
+            output = model(data)
+            loss = criterion(output, target)
+            loss.backward()
+            optimizer.step()
+
+            losses.append(loss.detach() * len(data))
+            correct += GetCorrectPredCount(output, target)
+            count += len(data)
+            if batch_id % refresh_every == 0 or batch_id == len(train_loader) - 1:
+                loss = loss.item()
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"batch {batch_id}: the loss is {loss}: lower the learning rate")
+                accuracy = 100 * correct.item() / count
+                text = f"Train: Loss={loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
+                bar.set_description(text, refresh=False)
+    loss_sum = torch.stack(losses).cpu().double().sum().item()
+    return loss_sum / count, 100 * correct.item() / count
+
+
+@torch.no_grad()
+def test(model, device, test_loader, criterion):
+    """Evaluate a model; print and return the mean loss per sample and the accuracy in percent.
+
+    Raise FloatingPointError if the loss is not finite.
+    """
+    model.eval()
+    loss = 0
+    correct = 0
+    count = 0
+    for data, target in test_loader:
+        data = data.to(device)
+        target = target.to(device)
+        output = model(data)
+        loss += criterion(output, target, reduction="sum")
+        correct += GetCorrectPredCount(output, target)
+        count += len(data)
+    loss = loss.item() / count
+    correct = correct.item()
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the test loss is {loss}: lower the learning rate")
+    accuracy = 100 * correct / count
+    print(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{count} ({accuracy:.2f}%)")
+    return loss, accuracy
 
 
 class ProgressLine(io.TextIOBase):
@@ -465,85 +147,283 @@ def progress_file():
     return sys.stdout
 
 
-def train_batch(model, data, target, optimizer, criterion):
-    """Take one optimizer step on a batch; return the output before the step, and the loss."""
-    optimizer.zero_grad()
-    output = model(data)
-    loss = criterion(output, target)
-    loss.backward()
-    optimizer.step()
-    return output.detach(), loss.detach()
+#############################################
+#                   Data                    #
+#############################################
+
+MNIST_MD5 = {  # of the four uncompressed original files
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+MIRROR_TIMEOUT = 15  # seconds
 
 
-def train(model, device, train_loader, optimizer, criterion):
-    """Train for one epoch; return the mean loss per sample and the accuracy in percent.
+@dataclass(frozen=True)
+class DigitSet:
+    """A data set in memory: uint8 images `(N, 28, 28)` and int64 labels `(N,)`.
 
-    Both are measured on the fly, in training mode. The progress bar reads them after every batch on a
-    CPU and after every 50th elsewhere, because reading waits for the device. Raise FloatingPointError,
-    naming the batch, if a loss is not finite.
+    An index (a slice or an index tensor) gives a smaller set of the same name.
     """
-    model.train()
-    read_every = 50
-    if torch.device(device).type == "cpu":
-        read_every = 1
-    batches = len(train_loader)
-    losses = torch.zeros(batches, device=device)
-    correct = torch.zeros((), dtype=torch.long, device=device)
-    sizes = []
-    with tqdm(train_loader, file=progress_file()) as bar:
-        for batch_id, (data, target) in enumerate(bar):
-            data = data.to(device)
-            target = target.to(device)
-            output, losses[batch_id] = train_batch(model, data, target, optimizer, criterion)
-            correct += GetCorrectPredCount(output, target)
-            sizes.append(len(data))
-            if batch_id % read_every == 0 or batch_id == batches - 1:
-                check_finite(losses)
-                loss = losses[batch_id].item()
-                accuracy = 100 * correct.item() / sum(sizes)
-                text = f"Train: Loss={loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
-                bar.set_description(text, refresh=False)
-    weights = torch.tensor(sizes).to(device) / sum(sizes)
-    return (losses @ weights).item(), accuracy
+
+    name: str
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return DigitSet(self.name, self.images[index], self.labels[index])
 
 
-def check_finite(losses):
-    """Raise FloatingPointError, naming the batch, if one of the `losses` `(batches,)` is not finite."""
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad) > 0:
-        batch_id = bad[0].item()
-        raise FloatingPointError(
-            f"batch {batch_id}: the loss is {losses[batch_id].item()}: lower the learning rate"
-        )
+class BatchLoader:
+    """An iterable over the batches of a `DigitSet`, which is kept on `device` as one normalized tensor.
 
-
-@torch.no_grad()
-def test(model, device, test_loader, criterion):
-    """Evaluate a model; print and return the mean loss per sample and the accuracy in percent.
-
-    Raise FloatingPointError if the loss is not finite.
+    Yields `(data, target)`: float32 `(B, 1, 28, 28)` and int64 `(B,)`; the last batch may be smaller.
+    `shuffle` draws a new order for every epoch. `augmentation`, a function of `data`, is applied in the
+    first `augmented_epochs` epochs; `set_epoch` says which epoch, from 1 up, comes next.
     """
-    model.eval()
-    loss = 0
-    correct = 0
-    count = 0
-    for data, target in test_loader:
-        data = data.to(device)
-        target = target.to(device)
-        output = model(data)
-        loss += criterion(output, target, reduction="sum")
-        correct += GetCorrectPredCount(output, target)
-        count += len(target)
-    loss = loss.item() / count
-    correct = correct.item()
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the test loss is {loss}: lower the learning rate")
-    accuracy = 100 * correct / count
-    print(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{count} ({accuracy:.2f}%)")
-    return loss, accuracy
+
+    def __init__(self, dataset, batch_size, device, shuffle=False, augmentation=None, augmented_epochs=0):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.augmentation = augmentation
+        self.augmented_epochs = augmented_epochs
+        self.epoch = 1
+        self.data = normalize(dataset.images.to(device))
+        self.target = dataset.labels.to(device)
+
+    def __repr__(self):
+        text = f"{self.dataset.name}, {len(self.dataset):,} images in batches of {self.batch_size}"
+        if self.shuffle:
+            text += ", shuffled"
+        if self.augmentation is None or self.augmented_epochs < 1:
+            return text
+        return f"{text}, {describe(self.augmentation)} until epoch {self.augmented_epochs}"
+
+    def __len__(self):
+        return math.ceil(len(self.target) / self.batch_size)
+
+    def __iter__(self):
+        if self.shuffle:
+            order = torch.randperm(len(self.target))
+        else:
+            order = torch.arange(len(self.target))
+        is_augmented = self.augmentation is not None and self.epoch <= self.augmented_epochs
+        for index in order.to(self.data.device).split(self.batch_size):
+            data = self.data[index]
+            if is_augmented:
+                data = self.augmentation(data)
+            yield data, self.target[index]
+
+    def set_epoch(self, epoch):
+        """Say which epoch comes next, from 1 up."""
+        self.epoch = epoch
 
 
-# ---- runs ----
+def normalize(images):
+    """Return uint8 images `(N, H, W)` as float32 `(N, 1, H, W)`, normalized with MNIST's mean and std.
+
+    The values are those of torchvision's `ToTensor` and `Normalize((0.1307,), (0.3081,))`.
+    """
+    return images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
+
+
+def random_affine(data, degrees, shift, scale):
+    """Rotate, shift and scale each image of a normalized batch `(B, 1, H, W)` at random.
+
+    The amounts are uniform: rotation within ± `degrees`, shift within ± `shift` of the side length
+    in each direction, size within 1 ± `scale`.
+    """
+    amounts = torch.rand(4, len(data), device=data.device) * 2 - 1
+    return affine(data, amounts[0] * degrees, amounts[1:3].T * shift, 1 + amounts[3] * scale)
+
+
+def affine(data, angle, shift, size):
+    """Rotate, shift and scale each image of a normalized batch `(B, 1, H, W)` by the given amounts.
+
+    `angle` `(B,)` is in degrees, clockwise; `shift` `(B, 2)` is right and down, as fractions of the side
+    length; `size` `(B,)` is the scale factor. Interpolation is bilinear, the outside is black, and the
+    transformation is that of torchvision's `functional.affine`.
+    """
+    angle = angle.deg2rad()
+    cos = angle.cos() / size
+    sin = angle.sin() / size
+    rotation = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
+    translation = -2 * rotation @ shift.unsqueeze(2)  # grid coordinates run from -1 to 1
+    grid = F.affine_grid(torch.cat([rotation, translation], 2), data.shape, align_corners=False)
+    return F.grid_sample(data - BLACK, grid, align_corners=False) + BLACK
+
+
+class MNIST(datasets.MNIST):  # torchvision names its folder after the class
+    """torchvision's MNIST, with the MD5 of all four files verified before any of them is read.
+
+    Missing or corrupted files are downloaded, with a timeout of 15 seconds per mirror. Raise
+    RuntimeError, naming the file and the remedy, if that fails.
+    """
+
+    def _check_legacy_exist(self):
+        return False  # never read the `processed` folder of old torchvision versions: it has no MD5
+
+    def _check_exists(self):
+        return self.first_bad_file() is None
+
+    def first_bad_file(self):
+        """Return the path of the first file that is missing or corrupted, or None."""
+        for name, md5 in MNIST_MD5.items():
+            path = Path(self.raw_folder) / name
+            if not check_integrity(path, md5):
+                return path
+        return None
+
+    def download(self):
+        previous_timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(MIRROR_TIMEOUT)
+        try:
+            super().download()
+        except (OSError, RuntimeError, HTTPException) as error:
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise RuntimeError(
+                f"{self.first_bad_file()} is missing or corrupted and could not be downloaded ({reason}):"
+                " check the network connection and rerun, place the original file there, or set MNIST_ROOT"
+            ) from None
+        finally:
+            socket.setdefaulttimeout(previous_timeout)
+
+
+def load_data(standin=True):
+    """Return the training and the test set: MNIST or, with a prominent warning, the stand-in.
+
+    MNIST is read from the folder `MNIST_ROOT` (default `./data`). With `standin=False` or
+    `S7_STANDIN=0`, raise RuntimeError if MNIST is not available; with `S7_STANDIN=1`, use the stand-in
+    without trying MNIST.
+    """
+    wanted = os.environ.get("S7_STANDIN")
+    if standin and wanted == "1":
+        return load_standin("the stand-in was requested with S7_STANDIN=1")
+    root = Path(os.environ.get("MNIST_ROOT") or "./data").expanduser()
+    try:
+        train_set = MNIST(root, train=True, download=True)
+        test_set = MNIST(root, train=False, download=True)
+    except (OSError, RuntimeError) as error:
+        if not standin or wanted == "0":
+            raise
+        return load_standin(error)
+    return (
+        DigitSet("MNIST", train_set.data, train_set.targets),
+        DigitSet("MNIST", test_set.data, test_set.targets),
+    )
+
+
+def load_standin(reason):
+    """Warn prominently that the data is not MNIST, and why; return the synthetic training and test set."""
+    print(f"*** THIS IS NOT MNIST: {reason}.")
+    print(
+        "*** Using stand-in digits: the results below are not MNIST results. To use MNIST, rerun with"
+        " network access, or set MNIST_ROOT to the folder that contains MNIST/raw."
+    )
+    return draw_standin(train=True), draw_standin(train=False)
+
+
+def draw_standin(train):
+    """Return synthetic digits in MNIST's format: 6,000 training or 1,000 test images.
+
+    They are glyphs of Pillow's default font, randomly rotated, shifted and scaled, and identical in
+    every run. They are used if MNIST is not available, and in the tests.
+    """
+    font = ImageFont.load_default(24)
+    glyphs = []
+    for digit in range(DIGITS):
+        image = Image.new("L", (SIDE, SIDE))
+        ImageDraw.Draw(image).text((14, 14), str(digit), fill=255, font=font, anchor="mm")
+        glyphs.append(pil_to_tensor(image))
+    count = 1000
+    if train:
+        count = 6000
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(train))
+        labels = torch.randint(DIGITS, (count,))
+        data = normalize(torch.cat(glyphs)[labels])
+        data = random_affine(data, degrees=20, shift=0.1, scale=0.2)
+    images = ((data * STD + MEAN) * 255).round().byte().squeeze(1)
+    return DigitSet("stand-in digits (not MNIST)", images, labels)
+
+
+#############################################
+#           Recipes and settings            #
+#############################################
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyperparameters of a model's training."""
+
+    sgd: dict  # arguments of torch.optim.SGD
+    scheduler: type  # a class of torch.optim.lr_scheduler
+    scheduler_args: dict  # its arguments
+    batch_size: int = 128
+    augmentation: partial | None = None  # a function of a batch
+    clean_epochs: int = 0  # number of final epochs without augmentation
+
+
+PUBLISHED_SGD = dict(lr=0.01, momentum=0.9)
+PUBLISHED_STEP = Recipe(PUBLISHED_SGD, StepLR, dict(step_size=6, gamma=0.1))
+PUBLISHED_PLATEAU = Recipe(
+    PUBLISHED_SGD,
+    ReduceLROnPlateau,
+    dict(mode="min", factor=0.1, patience=10, threshold=1e-4, threshold_mode="abs"),
+)
+AUGMENTED = Recipe(
+    sgd=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    scheduler=StepLR,
+    scheduler_args=dict(step_size=1, gamma=0.75),
+    augmentation=partial(random_affine, degrees=10, shift=0.06, scale=0.06),
+    clean_epochs=6,
+)
+RECIPES = {
+    "Model1": PUBLISHED_STEP,
+    "Model2": PUBLISHED_STEP,
+    "Model3": PUBLISHED_PLATEAU,
+    "Model4": AUGMENTED,
+    "Model5": AUGMENTED,
+}
+
+
+def setting(name, default):
+    """Return the environment variable `S7_<name>`, or `default` if it is not set or empty.
+
+    Unless the default is text, the variable is read as a Python literal, such as 3, True or None.
+    """
+    text = os.environ.get(f"S7_{name}")
+    if not text:
+        return default
+    if isinstance(default, str):
+        return text
+    try:
+        return literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text  # `check_settings` rejects it by name
+
+
+def check_settings(model, epochs, batch_size, seed, resume):
+    """Raise ValueError, naming the setting and its valid values, if a setting is invalid."""
+    if model not in RECIPES:
+        raise ValueError(f"MODEL is {model!r}: choose one of {', '.join(RECIPES)}")
+    if batch_size is None:
+        batch_size = RECIPES[model].batch_size
+    for name, value, lowest in (("EPOCHS", epochs, 1), ("BATCH_SIZE", batch_size, 1), ("SEED", seed, 0)):
+        if type(value) is not int or not lowest <= value < 10**9:
+            raise ValueError(f"{name} is {value!r}: it must be an integer from {lowest} to 999,999,999")
+    if resume not in (True, False):
+        raise ValueError(f"RESUME is {resume!r}: choose True or False")
+
+
+#############################################
+#           Runs and checkpoints            #
+#############################################
 
 
 @dataclass
@@ -558,226 +438,282 @@ class History:
     seconds: list = field(default_factory=list, compare=False)  # wall-clock time
 
     @property
-    def epochs(self):
+    def completed(self):
         """The number of completed epochs."""
         return len(self.test_acc)
 
 
-def run_settings(model, data, epochs, seed, recipe):
-    """Return the settings that identify a run, as a dictionary of plain values.
-
-    `model` and `data` are names. Two runs with equal settings have equal results on one machine.
-    """
-    settings = dict(model=model, data=data, epochs=epochs, seed=seed)
-    for item in fields(recipe):
-        settings[item.name] = getattr(recipe, item.name)
-    return plain_value(settings)
-
-
 class Run:
-    """A training run: its history, and the checkpoint from which it can be resumed.
+    """A training run: what is trained, its history, and the checkpoint from which it can be resumed.
 
-    `settings` is a dictionary of plain values that includes `model`, `data`, `epochs` and `seed`
-    (`run_settings` makes it). The checkpoint at `path` always contains the state after a completed
-    epoch: weights, optimizer, scheduler, settings and history.
+    The run is described by the objects that it is given. The description is printed, stored in the
+    checkpoint, and compared with that of a checkpoint before the run is resumed. The number of epochs is
+    no part of it, so a finished run can be resumed with more epochs; where a schedule depends on that
+    number, the schedule itself differs.
 
-    With `resume=True` the state is restored from the checkpoint; if there is none, the run starts from
-    scratch and says so. With `resume=False` the checkpoint of an earlier run is kept, renamed to
-    `*.previous-1.pt`, `*.previous-2.pt` and so on.
+    The checkpoint at `path` always contains the state after a completed epoch. With `resume=True` the
+    state is restored from it; if there is none, the run starts from scratch and says so. With
+    `resume=False` the checkpoint of an earlier run is kept under another name (see `keep_previous`).
 
-    Raise ValueError if the settings, optimizer or scheduler cannot belong to this run, if the file is
-    not a checkpoint, or if it was created with different settings (which the message lists). Raise
-    OSError if the file cannot be read or written.
+    Raise ValueError if the optimizer or the scheduler has been used, if the file is not a checkpoint, or
+    if it is that of a different run, listing the differences. Raise OSError if a file cannot be read or
+    written.
     """
 
-    def __init__(self, path, settings, model, optimizer, scheduler, resume=False):
+    def __init__(
+        self, path, model, optimizer, scheduler, train_loader, criterion, epochs, seed, resume=False
+    ):
         self.path = Path(path).expanduser()
-        self.settings = plain_value(settings)
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.epochs = epochs
+        self.seed = seed
         self.history = History()
-        self._check_parts()
-        keep_freed_memory()
+        was_stepped = any(state.get("step", 1) > 0 for state in optimizer.state.values())
+        if was_stepped or getattr(scheduler, "last_epoch", 0) > 0:
+            raise ValueError("the optimizer or the scheduler has been used: create the model and both again")
+        self.description = {
+            "network": str(model),
+            "data": describe(train_loader),
+            "optimizer": describe_optimizer(optimizer),
+            "scheduler": describe(scheduler),
+            "loss": describe(criterion),
+            "seed": str(seed),
+        }
+        data_name = getattr(train_loader.dataset, "name", type(train_loader.dataset).__name__)
+        self.title = f"{type(model).__name__} on {data_name}"
+        print(self)
         if resume and self.path.exists():
-            self._load()
+            self._restore(load_checkpoint(self.path))
             return
-        self._check_new()
         if resume:
             print(f"No checkpoint at {self.path}: training starts from scratch")
-        self._keep_previous()
+        keep_previous(self.path)
         self._save()
 
-    @property
-    def title(self):
-        """What was trained on what, for example "Model4 on MNIST"."""
-        return f"{self.settings['model']} on {self.settings['data']}"
+    def __str__(self):
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        about = self.description
+        return (
+            f"{type(self.model).__name__} with {parameters:,} parameters on {about['data']}\n"
+            f"{about['optimizer']}, {about['scheduler']}, {about['loss']}, seed {self.seed}, until epoch"
+            f" {self.epochs}"
+        )
 
-    @property
-    def description(self):
-        """The title and the test accuracy of the last completed epoch."""
-        if self.history.epochs == 0:
-            return f"{self.title}: no completed epoch"
-        return f"{self.title}: test accuracy {self.history.test_acc[-1]:.2f} %"
-
-    def epochs(self):
-        """Yield the remaining epochs, from 1 to `settings["epochs"]`.
+    def remaining_epochs(self):
+        """Yield the numbers of the epochs that are not completed, up to `epochs`.
 
         Each epoch has its own random seed, so that a resumed run draws the same random numbers.
         """
-        for epoch in range(self.history.epochs + 1, self.settings["epochs"] + 1):
+        for epoch in range(self.history.completed + 1, self.epochs + 1):
             print(f"EPOCH: {epoch}")
-            torch.manual_seed(1000 * self.settings["seed"] + epoch)
+            torch.manual_seed(1000 * self.seed + epoch)
             self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
             self.start_time = time.perf_counter()
             yield epoch
 
     def record(self, train_loss, train_acc, test_loss, test_acc):
         """Append the results of an epoch to the history and save a checkpoint."""
-        seconds = time.perf_counter() - self.start_time
+        self.history.seconds.append(time.perf_counter() - self.start_time)
         self.history.train_losses.append(train_loss)
         self.history.train_acc.append(train_acc)
         self.history.test_losses.append(test_loss)
         self.history.test_acc.append(test_acc)
         self.history.learning_rates.append(self.learning_rate)
-        self.history.seconds.append(seconds)
         self._save()
-
-    def _check_parts(self):
-        for name in ("epochs", "seed"):
-            self.settings[name] = parse_positive_int(name.upper(), self.settings[name])
-        parameters = {id(parameter) for parameter in self.model.parameters()}
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) not in parameters:
-                    raise ValueError("the optimizer does not belong to this model: create a new one")
-        if self.scheduler.optimizer is not self.optimizer:
-            raise ValueError("the scheduler does not belong to this optimizer: create a new one")
-
-    def _check_new(self):
-        if len(self.optimizer.state) > 0 or self.scheduler.last_epoch > 0:
-            raise ValueError(
-                "the optimizer or the scheduler has been used: create a new model, optimizer and scheduler,"
-                " or set RESUME = True to resume from the checkpoint"
-            )
-
-    def _keep_previous(self):
-        if not self.path.exists():
-            return
-        try:
-            previous = self._free_name()
-            try:
-                os.replace(self.path, previous)
-            except OSError:
-                previous.unlink()  # an empty file
-                raise
-        except OSError as error:
-            raise OSError(self._write_failure(error)) from None
-
-    def _free_name(self):
-        """Reserve and return the path of the first backup that does not exist."""
-        for number in itertools.count(1):
-            previous = self.path.with_name(f"{self.path.stem}.previous-{number}{self.path.suffix}")
-            try:
-                previous.touch(exist_ok=False)  # atomic: another process cannot take the same name
-            except FileExistsError:
-                continue
-            return previous
 
     def _save(self):
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "settings": self.settings,
+            "optimizer": without_numpy(self.optimizer.state_dict()),
+            "scheduler": without_numpy(self.scheduler.state_dict()),
+            "description": self.description,
             "history": vars(self.history),
         }
-        content = io.BytesIO()
-        torch.save(state, content)
-        # The name is unique, so two processes cannot write to one partial file.
-        partial = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content.getbuffer())
-            os.replace(partial, self.path)  # atomic: the checkpoint is complete even after a kill
-        except OSError as error:
-            raise OSError(self._write_failure(error)) from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()  # is still there if writing failed or was interrupted
+        save_checkpoint(self.path, state)
 
-    def _write_failure(self, error):
-        return (
-            f"cannot write the checkpoint {self.path} ({error.strerror}): free disk space, fix the"
-            " permissions, or set S7_CHECKPOINTS to another folder"
-        )
-
-    def _load(self):
-        state = read_checkpoint(self.path)
-        self._check_settings(state["settings"])
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-        except Exception as error:  # what load_state_dict raises depends on what does not fit
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"{self.path} was created by a different version of the code ({reason}): set RESUME = False"
-            ) from None
-        self.history = History(**state["history"])
-        print(f"Resuming after epoch {self.history.epochs}")
-
-    def _check_settings(self, saved):
-        differences = []
-        for name in {**self.settings, **saved}:
-            here = self.settings.get(name)
-            there = saved.get(name)
-            if here != there:
-                differences.append(f"{name}: checkpoint {there}, current {here}")
+    def _restore(self, state):
+        differences = list_differences(state["description"], self.description)
         if differences:
             raise ValueError(
-                f"{self.path} was created with different settings ({'; '.join(differences)}):"
-                " use the checkpoint's settings, or set RESUME = False"
+                f"{self.path} is the checkpoint of a different run ({'; '.join(differences)}): undo these"
+                " changes, or set RESUME = False"
             )
+        history = History(**state["history"])
+        if history.completed > self.epochs:
+            raise ValueError(
+                f"{self.path} has {history.completed} completed epochs: set EPOCHS to at least that number,"
+                " or RESUME = False"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])  # first, because other parameters do not fit
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.model.load_state_dict(state["model"])
+        self.history = history
+        print(f"Resuming after epoch {history.completed} of {self.epochs}")
 
 
-def read_checkpoint(path):
-    """Return the state that a `Run` saved at `path`: a dictionary.
+def describe(value):
+    """Return an object as text that is the same in every process.
 
-    Its keys are `model`, `optimizer`, `scheduler`, `settings` and `history`. Code that the file may
+    A function is described by its name, a scheduler by its class and options, and anything else as
+    Python prints it, without memory addresses.
+    """
+    if isinstance(value, LRScheduler):
+        return f"{type(value).__name__}({describe_options(vars(value))})"
+    if isinstance(value, partial):
+        options = [*map(describe, value.args), describe_options(value.keywords)]
+        return f"{describe(value.func)}({', '.join(filter(None, options))})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(describe, value))}]"
+    if inspect.isroutine(value):
+        return value.__qualname__
+    return re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def describe_optimizer(optimizer):
+    """Return an optimizer as text: its class, and the options of each of its parameter groups."""
+    groups = []
+    for group in optimizer.param_groups:
+        options = dict(group)
+        options["lr"] = group.get("initial_lr", group["lr"])  # before a scheduler changed it
+        groups.append(describe_options(options))
+    return f"{type(optimizer).__name__}({'; '.join(groups)})"
+
+
+# Attributes of schedulers and optimizers that are no options of theirs, or that change while they run
+NO_OPTIONS = {
+    "params",
+    "initial_lr",
+    "optimizer",
+    "base_lrs",
+    "best",
+    "mode_worse",
+    "_step_count",
+    "_last_lr",
+}
+
+
+def describe_options(options):
+    """Return the options of an optimizer or a scheduler as text; options that are off or zero are left out.
+
+    PyTorch adds such options from version to version, and starts the counters of schedulers at zero.
+    """
+    parts = []
+    for name, value in options.items():
+        text = describe(value)
+        if name not in NO_OPTIONS and text not in ("None", "False", "0", "0.0"):
+            parts.append(f"{name}={text}")
+    return ", ".join(parts)
+
+
+def list_differences(saved, current):
+    """Return what differs between two descriptions, as a list of texts that show the lines that differ."""
+    differences = []
+    for name, here in current.items():
+        there = saved.get(name, "")
+        if here == there:
+            continue
+        lines = list(difflib.ndiff(there.splitlines(), here.splitlines()))
+        only_there = [line[1:].strip() for line in lines if line.startswith("-")]
+        only_here = [line[1:].strip() for line in lines if line.startswith("+")]
+        differences.append(f"{name}: checkpoint {' '.join(only_there)}, current {' '.join(only_here)}")
+    return differences
+
+
+def without_numpy(value):
+    """Return nested dictionaries and lists with Python's numbers in place of NumPy's.
+
+    `np.logspace` gives such learning rates, and `torch.load` would reject them in a checkpoint.
+    """
+    if isinstance(value, dict):
+        return {key: without_numpy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_numpy(item) for item in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def save_checkpoint(path, state):
+    """Save a dictionary with `torch.save`; at any moment, the file is the old or the new one, complete.
+
+    Missing folders are created. Raise OSError, naming the remedy, if the file cannot be written.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    unfinished = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(content.getbuffer())
+        os.replace(unfinished, path)  # atomic
+    except OSError as error:
+        raise OSError(
+            f"cannot write the checkpoint {path} ({error.strerror}): free disk space, fix the permissions,"
+            " or set CHECKPOINTS to another folder"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()  # is still there if writing failed or was interrupted
+
+
+def load_checkpoint(path):
+    """Return the state that a `Run` saved at `path`: a dictionary, with its tensors on the CPU.
+
+    Its keys are `model`, `optimizer`, `scheduler`, `description` and `history`. Code that the file may
     contain is not run. Raise OSError if the file cannot be read, ValueError if it is not a checkpoint.
     """
-    try:
-        content = Path(path).expanduser().read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no checkpoint at {path}: train first") from None
-    except OSError as error:
-        raise OSError(f"cannot read the checkpoint {path} ({error.strerror}): fix that, or move it") from None
+    content = Path(path).expanduser().read_bytes()
     try:
         corrupted = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load ignores the CRCs
         if corrupted is not None:
             raise ValueError(f"{corrupted} has another CRC")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError("it contains no dictionary")
-        for name in ("model", "optimizer", "scheduler", "settings", "history"):
-            if not isinstance(state[name], dict):
-                raise TypeError(f"{name} is not a dictionary")
-        History(**state["history"])
-        return state
-    except MemoryError:
-        raise
+        names = ("model", "optimizer", "scheduler", "description", "history")
+        return {name: dict(state[name]) for name in names}
     except Exception as error:  # what torch.load raises depends on where the file is corrupted
         reason = type(error).__name__
-        raise ValueError(f"{path} is not a valid checkpoint ({reason}): delete it, or train first") from None
+        raise ValueError(
+            f"{path} is not a checkpoint of this notebook, or corrupted ({reason}): set RESUME = False"
+        ) from None
 
 
-# ---- plots and reports ----
+def keep_previous(path):
+    """Rename the file at `path`, if there is one, to `*.previous-1.pt`, `*.previous-2.pt` and so on."""
+    if not path.exists():
+        return
+    for number in itertools.count(1):
+        previous = path.with_name(f"{path.stem}.previous-{number}{path.suffix}")
+        if not previous.exists():
+            path.rename(previous)
+            return
+
+
+#############################################
+#             Plots and reports             #
+#############################################
 
 TRAIN_COLOR = "#D55E00"  # distinguishable for color-blind readers (Okabe and Ito)
 TEST_COLOR = "#0072B2"
 TARGET_ACCURACY = 99.4  # percent, of the course
-LAST_EPOCHS = 5  # how many final epochs are reported
+LAST_EPOCHS = 5  # of a run, to which the target applies
+
+IMPORTED_FILES = {}  # the source files beside this one, with the times when they were changed last
+for source_file in Path(__file__).parent.glob("*.py"):
+    IMPORTED_FILES[source_file.resolve()] = source_file.stat().st_mtime
+
+
+def show_source(item):
+    """Print the source code of a class or function.
+
+    Raise RuntimeError if its file was edited after the import: what would be printed does not run.
+    """
+    path = Path(inspect.getsourcefile(item)).resolve()
+    if path.stat().st_mtime != IMPORTED_FILES.get(path, path.stat().st_mtime):
+        raise RuntimeError(
+            f"{path.name} was edited after it was imported: restart the kernel and run all cells"
+        )
+    print(inspect.getsource(item))
 
 
 class Layer(NamedTuple):
@@ -858,7 +794,7 @@ def show_figure(figure, name, alt):
 
     Also save it as `name.png` if the environment variable `S7_FIGURES` names a folder.
     """
-    folder = setting_from_env("FIGURES", "")
+    folder = os.environ.get("S7_FIGURES")
     shell = get_ipython()
     if shell is not None:  # otherwise a kernel started with MPLBACKEND=agg shows no pictures
         select_figure_formats(shell, {"png"})
@@ -889,14 +825,14 @@ def plot_history(history, title):
 
     The axes are scaled to epoch 2 onward; epoch 1 may lie outside.
     """
-    epochs = range(1, history.epochs + 1)
+    epochs = range(1, history.completed + 1)
     figure, (loss_axis, accuracy_axis, rate_axis) = plt.subplots(
         1, 3, figsize=(11, 3.4), layout="constrained"
     )
     figure.suptitle(title)
     plot_train_and_test(loss_axis, epochs, history.train_losses, history.test_losses)
     plot_train_and_test(accuracy_axis, epochs, history.train_acc, history.test_acc)
-    if history.epochs > 2:  # the first epoch would compress the rest
+    if history.completed > 2:  # the first epoch would compress the rest
         loss_axis.set_ylim(0, 1.1 * max(history.train_losses[1:] + history.test_losses[1:]))
         accuracy_axis.set_ylim(min(history.train_acc[1:] + history.test_acc[1:]) - 0.3, 100)
     rate_axis.plot(epochs, history.learning_rates, "-o", color="black", markersize=3)
@@ -930,53 +866,45 @@ def first_epoch_above(accuracies, target=TARGET_ACCURACY):
     return first
 
 
+def number_of(count, noun):
+    """Return a count with its noun, for example "1 epoch" or "15 epochs"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}s"
+
+
 def summarize_run(history, title):
-    """Return a four-line summary of a run, including whether it meets the course target of 99.4 %."""
-    if history.epochs == 0:
+    """Return a summary of a run in at most four lines."""
+    completed = history.completed
+    if completed == 0:
         return f"{title}: no completed epoch"
-    unit = "epochs"
-    if history.epochs == 1:
-        unit = "epoch"
-    sustained = "not sustained"
+    rates = f"{history.learning_rates[0]:.3g}"
+    if history.learning_rates[-1] != history.learning_rates[0]:
+        rates = f"from {rates} to {history.learning_rates[-1]:.3g}"
+    lines = [
+        f"{title}: {number_of(completed, 'epoch')}, learning rate {rates}",
+        f"last epoch: train {history.train_acc[-1]:.2f} %, test {history.test_acc[-1]:.2f} %",
+    ]
+    if completed > 1:
+        last_epochs = history.test_acc[-LAST_EPOCHS:]
+        lines.append(
+            f"test accuracy over the last {len(last_epochs)} epochs:"
+            f" mean {statistics.mean(last_epochs):.2f} %, minimum {min(last_epochs):.2f} %"
+        )
     first = first_epoch_above(history.test_acc)
     if first is not None:
-        sustained = f"from epoch {first} on"
-    rates = history.learning_rates
-    last_epochs = history.test_acc[-LAST_EPOCHS:]
-    return (
-        f"{title}: {history.epochs} {unit}, learning rate from {rates[0]:.3g} to {rates[-1]:.3g}\n"
-        f"last epoch: train {history.train_acc[-1]:.2f} %, test {history.test_acc[-1]:.2f} %;"
-        f" best test {max(history.test_acc):.2f} %\n"
-        f"test accuracy over the last five epochs: mean {statistics.mean(last_epochs):.2f} %,"
-        f" minimum {min(last_epochs):.2f} %\n"
-        f"test accuracy ≥ {TARGET_ACCURACY} %: {sustained}"
-    )
+        lines.append(f"test accuracy ≥ {TARGET_ACCURACY} %: from epoch {first} on")
+    return "\n".join(lines)
 
 
-def summarize_end_of_augmentation(run):
-    """Return the accuracies of the last epoch with augmentation and of the next one, in two lines.
-
-    If a run has no such two epochs, return one line that says why.
-    """
-    clean_epochs = run.settings["clean_epochs"]
-    last = run.settings["epochs"] - clean_epochs  # the last epoch with augmentation
-    history = run.history
-    if run.settings["augmentation"] is None or last < 1:
-        return "No epoch of this run was augmented."
-    if clean_epochs == 0:
-        return "All epochs of this run were augmented."
-    if history.epochs <= last:
-        return f"This run was interrupted before augmentation ended (after epoch {last})."
-
-    def accuracies(epoch):
-        train_acc = history.train_acc[epoch - 1]
-        test_acc = history.test_acc[epoch - 1]
-        return f"train accuracy {train_acc:.2f} %, test accuracy {test_acc:.2f} %"
-
-    return (
-        f"epoch {last}, augmented images: {accuracies(last)}\n"
-        f"epoch {last + 1}, original images: {accuracies(last + 1)}"
-    )
+def check_target(history):
+    """Return whether a run meets the course target, as a sentence."""
+    target = f"at least {TARGET_ACCURACY} % test accuracy in each of the last {LAST_EPOCHS} epochs"
+    if history.completed < LAST_EPOCHS:
+        return f"{target}: this run has only {number_of(history.completed, 'epoch')}"
+    if min(history.test_acc[-LAST_EPOCHS:]) < TARGET_ACCURACY:
+        return f"{target}: not met"
+    return f"{target}: met"
 
 
 def most_confused(confusion, count=3):
@@ -988,9 +916,10 @@ def most_confused(confusion, count=3):
     numbers, places = both_ways.flatten().sort(descending=True, stable=True)
     lines = []
     for number, place in zip(numbers[:count].tolist(), places[:count].tolist(), strict=True):
-        one, other = divmod(place, DIGITS)
-        lines.append(f"{one} and {other}: {number} images")
-    return "\n".join(lines)
+        if number > 0:
+            one, other = divmod(place, DIGITS)
+            lines.append(f"{one} and {other}: {number_of(number, 'image')}")
+    return "\n".join(lines) or "no digits were confused"
 
 
 class Mistake(NamedTuple):
@@ -1028,8 +957,8 @@ def plot_mistakes(mistakes, title):
     """Plot up to 20 misclassified images in the given order, with true and predicted digit."""
     images = [mistake.image for mistake in mistakes]
     captions = [f"{m.target}→{m.predicted}  {m.probability:.0%}" for m in mistakes]
-    heading = f"{title}: {len(mistakes)} misclassified images, most confident first (true→predicted)"
-    plot_digits(images, captions, heading, "mistakes")
+    count = number_of(len(mistakes), "misclassified image")
+    plot_digits(images, captions, f"{title}: {count}, most confident first (true→predicted)", "mistakes")
 
 
 def plot_confusion(confusion, title):
@@ -1048,721 +977,56 @@ def plot_confusion(confusion, title):
     axis.set_xlabel("predicted digit")
     axis.set_ylabel("true digit (accuracy)")
     axis.set_title(f"{title}: confusion matrix")
-    show_figure(figure, "confusion", f"{title}: confusion matrix with {wrong.sum()} misclassified images")
+    count = number_of(wrong.sum().item(), "misclassified image")
+    show_figure(figure, "confusion", f"{title}: confusion matrix with {count}")
 
 
-# ---- own digit ----
-
-# Sizes in pixels of the longest side
-WORKING_SIZE = 256  # at which the digit is looked for
-BACKGROUND_SIZE = 48  # at which the background is estimated
-DIGIT_SIZE = 20  # of the digit in an MNIST image
-
-# Thresholds between background and ink. Brightness and ink run from 0 to 1.
-THRESHOLDS = (0.08, 0.12, 0.17, 0.23, 0.31, 0.42, 0.56)  # tried in this order, as shares of the darkest ink
-NOISE_FACTOR = 4.5  # ink exceeds the noise by at least this many standard deviations
-MIN_THRESHOLD = 0.02
-CROP_THRESHOLD = 0.3  # share of the darkest ink at which the digit is cropped
-
-# What a digit looks like
-MIN_CONTRAST = 0.07
-MIN_EXTENT = 0.035  # longest side of the digit as a share of the picture's
-MAX_ASPECT = 2.5  # width over height
-MAX_FILL = 0.7  # share of its bounding box that a digit fills, unless it is as slim as a 1
-SLIM = 0.6  # width over height
+FEATURE_COLUMNS = 10  # how many channels `plot_features` shows
 
 
-class Components(NamedTuple):
-    """Measurements of connected components `(N,)`; number 0 is the background."""
+@torch.no_grad()
+def plot_features(model, image, title):
+    """Plot the filters of a model's first layer, and what each of its blocks makes of one image.
 
-    energy: torch.Tensor  # sum of the squared steps from pixel to pixel: high for strokes, low for shading
-    area: torch.Tensor  # in pixels
-    peak: torch.Tensor  # the most ink
-    top: torch.Tensor
-    bottom: torch.Tensor  # exclusive
-    left: torch.Tensor
-    right: torch.Tensor  # exclusive
-    touching: torch.Tensor  # number of pixels on the picture's border
-
-    @property
-    def height(self):
-        return self.bottom - self.top
-
-    @property
-    def width(self):
-        return self.right - self.left
-
-    @property
-    def extent(self):
-        return torch.maximum(self.height, self.width)
-
-
-class Candidate(NamedTuple):
-    """What may be the digit: a main component and the large ones near it, such as a 5's bar."""
-
-    labels: torch.Tensor  # (H, W), the component of each pixel
-    components: Components
-    main: int
-    is_large: torch.Tensor  # (N,), which components are large enough for a stroke
-    is_selected: torch.Tensor  # (N,), which components belong to the digit
-    touches_border: bool
-
-    @property
-    def energy(self):
-        return self.components.energy[self.is_selected].sum().item()
-
-    @property
-    def contrast(self):
-        return self.components.peak[self.main].item()
-
-
-class Digit(NamedTuple):
-    """The digit found in a picture."""
-
-    ink: torch.Tensor  # (h, w), from 0 to 1, cropped to the digit
-    box: tuple  # top, bottom, left and right as shares of the picture's height and width
-
-
-def open_picture(image):
-    """Return the PIL image of a path, a file or a PIL image, decoded and rotated as its EXIF data say."""
-    if isinstance(image, (str, os.PathLike)):
-        image = Image.open(os.path.expanduser(image))
-    elif not isinstance(image, Image.Image):
-        image = Image.open(image)
-    return ImageOps.exif_transpose(image)
-
-
-def stretch_brightness(image):
-    """Return an image of 16 or 32 bits per pixel as floats from 0 to 255; PIL would clip at 255."""
-    low, high = image.getextrema()
-    scale = 255 / max(high - low, 1e-9)
-    return image.convert("F").point(lambda value: value * scale - low * scale)
-
-
-def read_picture(image):
-    """Return the brightness `(H, W)`, float32 from 0 to 1, of a picture.
-
-    `image` is a path, a file opened in binary mode or a PIL image of any color mode. The EXIF rotation is
-    applied. Transparent pixels become background that contrasts with the ink. Raise ValueError if
-    `image` is something else, if it cannot be decoded, or if it has so many pixels that PIL considers it
-    a decompression bomb.
+    `image` is normalized, `(1, 28, 28)`. Each row shows the first ten channels of a block, on a common
+    scale from dark (low) to light (high), with their size and receptive field.
     """
-    is_path = isinstance(image, (str, os.PathLike))
-    if not is_path and not isinstance(image, Image.Image) and not hasattr(image, "read"):
-        raise ValueError(
-            f"unsupported type for a picture, {type(image).__name__}:"
-            " pass a path, a file opened in binary mode or a PIL image"
-        )
+    model.eval()
+    outputs = []
+    hooks = []
+    for name, block in model.named_children():
+
+        def keep(block, inputs, output, name=name):
+            outputs.append((name, output[0].cpu().clone()))
+
+        hooks.append(block.register_forward_hook(keep))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = open_picture(image)
-            if picture.mode[0] in "IF":
-                picture = stretch_brightness(picture)
-            gray, alpha = pil_to_tensor(picture.convert("RGBA").convert("LA"))
-    except Exception as error:  # corrupted files raise nearly every type of exception
-        name = type(image).__name__
-        if is_path:
-            name = os.fspath(image)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name} cannot be read as an image ({reason}): use a different file") from None
-    gray = gray.float().div_(255)
-    if alpha.min() == 255:
-        return gray
-    alpha = alpha.float().div_(255)
-    ink_is_dark = (gray * alpha).sum() < 0.5 * alpha.sum()
-    return gray * alpha + (1 - alpha) * ink_is_dark
+        model(image.unsqueeze(0).to(next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
+    filters = next(model.parameters()).cpu()
+    rows = [(f"filters\n{filters.shape[-1]}×{filters.shape[-1]}", filters[:, 0])]
+    blocks = itertools.groupby(layer_table(model), key=lambda layer: layer.name.split(".")[0])
+    for (name, output), (_, layers) in zip(outputs, blocks, strict=True):
+        field = list(layers)[-1].receptive_field
+        if output.dim() == 3:  # after flattening, there is no image
+            channels, height, width = output.shape
+            rows.append((f"{name}\n{channels}×{height}×{width}\nfield {field}×{field}", output))
 
-def resize(image, size):
-    """Return `image` `(H, W)` in another `size`, antialiased."""
-    return F.interpolate(image[None, None], size, mode="bilinear", antialias=True)[0, 0]
-
-
-def scaled_size(image, longest):
-    """Return the height and width that `image` has if its longest side has `longest` pixels."""
-    scale = longest / max(image.shape)
-    return [max(1, round(side * scale)) for side in image.shape]
-
-
-def shrink(image, longest):
-    """Return `image` `(H, W)` with no side longer than `longest` pixels."""
-    if max(image.shape) <= longest:
-        return image
-    return resize(image, scaled_size(image, longest))
-
-
-def smooth(image):
-    """Return `image` `(H, W)` after a 3×3 binomial filter."""
-    kernel = torch.tensor([0.25, 0.5, 0.25])
-    padded = F.pad(image[None, None], (1, 1, 1, 1), mode="replicate")
-    return F.conv2d(padded, torch.outer(kernel, kernel)[None, None])[0, 0]
-
-
-def estimate_noise(image):
-    """Return the standard deviation of the noise, from the smaller differences of nearby pixels.
-
-    Pixels are compared over a distance of three, as JPEG and scaling make neighbors alike. The 30th
-    percentile of |x - y| is 0.385 √2 standard deviations of normal noise; it ignores strokes.
-    """
-    distance = 3
-    down = image[distance:] - image[:-distance]
-    across = image[:, distance:] - image[:, :-distance]
-    differences = torch.cat([down.flatten(), across.flatten()]).abs()
-    if differences.numel() == 0:
-        return 0.0
-    return differences.quantile(0.3).item() / (0.385 * math.sqrt(2))
-
-
-# The background
-
-
-def plane_basis(image):
-    """Return 1, y and x `(H, W, 3)` for each pixel, y and x from -1 to 1."""
-    height, width = image.shape
-    rows = torch.linspace(-1, 1, height, dtype=torch.double)
-    columns = torch.linspace(-1, 1, width, dtype=torch.double)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.stack([torch.ones_like(x), y, x], dim=2)
-
-
-def fit_plane(basis, brightness, importance):
-    """Return the coefficients `(3,)` of the plane that fits the brightness `(N,)` of pixels best.
-
-    `basis` is `(N, 3)`. Minimize the absolute distances, times `importance` `(N,)`, by iteratively
-    reweighted least squares, so that neither the digit nor a table beside the page bends the plane.
-    """
-    brightness = brightness.double()
-    ridge = 1e-6 * torch.eye(3, dtype=torch.double)  # a picture of one row has no slope along its height
-    weights = importance
-    for _ in range(20):
-        weighted = basis * weights[:, None]
-        plane = torch.linalg.solve(weighted.T @ basis + ridge, weighted.T @ brightness)
-        distance = (brightness - basis @ plane).abs()
-        weights = importance / distance.clamp(min=0.004)
-    return plane
-
-
-def border_of(image):
-    """Return the border pixels of `image` `(H, W, ...)` as one sequence `(N, ...)`."""
-    return torch.cat([image[0], image[-1], image[:, 0], image[:, -1]])
-
-
-def border_median(image):
-    """Return the median brightness of the picture's border."""
-    return border_of(image).median()
-
-
-def brightest_background(image):
-    """Return the brightness that 5 % of the pixels exceed."""
-    return image.flatten().quantile(0.95)
-
-
-def border_plane(image):
-    """Return the plane `(H, W)` through the brightness of the picture's border."""
-    basis = plane_basis(image)
-    brightness = border_of(image)
-    plane = fit_plane(border_of(basis), brightness, torch.ones_like(brightness, dtype=torch.double))
-    return (basis @ plane).float()
-
-
-def central_plane(image):
-    """Return the plane `(H, W)` fitted to the picture's brightness, with the most weight on the middle."""
-    basis = plane_basis(image)
-    squared_distance = basis[:, :, 1].square() + basis[:, :, 2].square()
-    importance = torch.exp(-squared_distance).flatten()
-    plane = fit_plane(basis.reshape(-1, 3), image.flatten(), importance)
-    return (basis @ plane).float()
-
-
-def local_median(image):
-    """Return the local median `(H, W)`, over windows half as high and half as wide as the picture."""
-    height, width = image.shape
-    reach_y = max(1, height // 4)
-    reach_x = max(1, width // 4)
-    padded = F.pad(image[None, None], (reach_x, reach_x, reach_y, reach_y))
-    windows = F.unfold(padded, (2 * reach_y + 1, 2 * reach_x + 1))
-    return windows[0].median(dim=0).values.reshape(height, width)
-
-
-def estimate_background(image):
-    """Return the brightness `(H, W)` that the picture would have without ink: a plane and local medians."""
-    coarse = shrink(image, BACKGROUND_SIZE)
-    plane = central_plane(coarse)
-    return resize(plane + local_median(coarse - plane), image.shape)
-
-
-# Connected components
-
-
-def largest_neighbor(image):
-    """Return the maximum `(H, W)` over the 3×3 neighborhood of each pixel of `image`, and at least 0."""
-    padded = F.pad(image, (1, 1, 1, 1))
-    of_three_rows = torch.maximum(torch.maximum(padded[:-2], padded[1:-1]), padded[2:])
-    of_two_columns = torch.maximum(of_three_rows[:, :-2], of_three_rows[:, 1:-1])
-    return torch.maximum(of_two_columns, of_three_rows[:, 2:])
-
-
-def label_components(mask):
-    """Return labels `(H, W)` of the connected components of `mask`, from 1 up; 0 is the background.
-
-    Each pixel starts with its own label. In each step it takes the largest label among its neighbors,
-    passes it on to the pixel that its old label came from, and follows the labels to their origin, so
-    that the number of steps grows only with the logarithm of a component's length.
-    """
-    inside = mask.flatten().nonzero()[:, 0]
-    count = len(inside) + 1
-    canvas = torch.zeros_like(mask, dtype=torch.long)
-    pixels = canvas.view(-1)
-    labels = torch.arange(1, count)
-    origin_of = torch.zeros(count, dtype=torch.long)
-    while True:
-        pixels[inside] = labels
-        neighbors = largest_neighbor(canvas).flatten()[inside]
-        origin_of[1:] = neighbors
-        origin_of.scatter_reduce_(0, labels, neighbors, "amax")
-        new_labels = origin_of[origin_of[neighbors]]
-        if torch.equal(new_labels, labels):
-            break
-        labels = new_labels
-    pixels[inside] = torch.unique(labels, return_inverse=True)[1] + 1
-    return canvas
-
-
-def step_energy(image):
-    """Return the squared length `(H, W)` of the gradient of `image` `(H, W)`."""
-    padded = F.pad(image[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
-    down = (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
-    across = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2
-    return down.square() + across.square()
-
-
-def measure_components(labels, ink, energy):
-    """Return the `Components` numbered by `labels`, given the ink and energy of each pixel (all `(H, W)`)."""
-    height, width = labels.shape
-    count = int(labels.max()) + 1
-    index = labels.flatten()
-    values = ink.flatten()
-    rows = torch.arange(height).repeat_interleave(width)
-    columns = torch.arange(width).repeat(height)
-    on_border = (rows == 0) | (rows == height - 1) | (columns == 0) | (columns == width - 1)
-
-    def total(numbers):
-        return torch.zeros(count).scatter_add(0, index, numbers.float())
-
-    def largest(numbers):
-        return torch.zeros(count, dtype=numbers.dtype).scatter_reduce(0, index, numbers, "amax")
-
-    return Components(
-        energy=total(energy.flatten()),
-        area=total(torch.ones_like(values)),
-        peak=largest(values),
-        top=height - largest(height - rows),
-        bottom=largest(rows + 1),
-        left=width - largest(width - columns),
-        right=largest(columns + 1),
-        touching=total(on_border),
+    figure, axes = plt.subplots(
+        len(rows), FEATURE_COLUMNS, figsize=(9, 0.85 * len(rows)), layout="constrained"
     )
-
-
-# The digit among the components
-
-
-def count_border_runs(mask):
-    """Return the number of separate stretches of the picture's border that `mask` `(H, W)` covers."""
-    border = torch.cat([mask[0], mask[:, -1], mask[-1].flip(0), mask[:, 0].flip(0)])
-    return int((border & ~border.roll(1)).sum())
-
-
-def select_strokes(labels, components, main, touches_border):
-    """Return the `Candidate` of the component `main` and the large ones near it."""
-    is_large = components.area >= 0.03 * components.area[main]
-    is_large &= components.peak >= 0.4 * components.peak[main]
-    is_large[0] = False
-    if not touches_border:
-        is_large &= components.touching == 0
-    reach = 0.2 * components.extent[main]
-    is_near = components.bottom > components.top[main] - reach
-    is_near &= components.top < components.bottom[main] + reach
-    is_near &= components.right > components.left[main] - reach
-    is_near &= components.left < components.right[main] + reach
-    is_selected = is_large & is_near
-    is_selected[main] = True
-    return Candidate(labels, components, main, is_large, is_selected, touches_border)
-
-
-def find_candidate(ink, energy, threshold):
-    """Return the most digit-like component of the pixels with more ink than `threshold`, or None.
-
-    A component that touches the picture's border is chosen only if its energy is at least four times that
-    of any inside, and if it is not the edge of the table, ruled paper or a line.
-    """
-    labels = label_components(ink > threshold)
-    components = measure_components(labels, ink, energy)
-    height = components.height
-    width = components.width
-    extent = components.extent
-    fill = components.area / (height * width).clamp(min=1)
-    plausible = extent >= max(3, MIN_EXTENT * max(ink.shape))
-    plausible &= width < MAX_ASPECT * height
-    plausible &= components.peak >= max(MIN_CONTRAST, 1.3 * threshold)
-    plausible &= (fill < MAX_FILL) | (width < SLIM * height)
-    plausible[0] = False
-
-    is_inside = plausible & (components.touching == 0)
-    # A table's edge follows the border, and a line is thin for its length.
-    meets_border = plausible & (components.touching > 0)
-    meets_border &= components.area > 0.03 * extent.square()
-    is_cropped_one = (height == ink.shape[0]) & (width == ink.shape[1]) & (width < SLIM * height)
-    meets_border &= (components.touching < 0.6 * (height + width)) | is_cropped_one
-
-    inner = components.energy * is_inside
-    outer = components.energy * meets_border
-    best_inner = int(inner.argmax())
-    best_outer = int(outer.argmax())
-    if inner[best_inner] > 0.25 * outer[best_outer]:
-        return select_strokes(labels, components, best_inner, touches_border=False)
-    if outer[best_outer] > 0 and count_border_runs(labels == best_outer) <= 10:
-        return select_strokes(labels, components, best_outer, touches_border=True)
-    return None
-
-
-def candidates_by_threshold(ink, energy, noise):
-    """Yield the candidates at rising thresholds, until one holds nearly all of the energy."""
-    darkest = ink.max().item()
-    for share in THRESHOLDS:
-        threshold = share * darkest
-        if threshold < max(NOISE_FACTOR * noise, MIN_THRESHOLD):
-            continue
-        candidate = find_candidate(ink, energy, threshold)
-        if candidate is None:
-            continue
-        yield candidate
-        total_energy = energy[ink > threshold].sum()
-        if not candidate.touches_border and candidate.energy > 0.9 * total_energy:
-            return
-
-
-def find_digit(difference):
-    """Return the best candidate in `difference` `(H, W)`, the picture minus its background, or None.
-
-    Both polarities and all thresholds compete. A candidate inside the picture beats one that touches the
-    border; then the one with more energy wins, so that the lowest threshold is taken at which the digit is
-    still separate from lines and edges.
-    """
-    noise = estimate_noise(difference)
-    smoothed = difference
-    if noise > 0.01:
-        smoothed = smooth(difference)
-        noise = max(estimate_noise(smoothed), 0.4 * noise)
-    energy = step_energy(smoothed)
-    best = None
-    best_score = (False, 0.0)
-    for ink in (-smoothed, smoothed):
-        for candidate in candidates_by_threshold(ink.clamp(min=0), energy, noise):
-            score = (not candidate.touches_border, candidate.energy)
-            if score > best_score:
-                best = candidate
-                best_score = score
-    return best
-
-
-def is_evenly_lit(difference, candidate):
-    """Return whether the background left in `difference` `(H, W)` is even, apart from the candidate."""
-    components = candidate.components
-    height = components.height[candidate.main]
-    width = components.width[candidate.main]
-    background = difference[difference.abs() < 0.3 * candidate.contrast]
-    tolerance = min(0.03 + 1.5 * estimate_noise(difference), 0.2 * candidate.contrast)
-    min_share = 0.4
-    if height > 0.95 * difference.shape[0] and width > 0.95 * difference.shape[1]:
-        # Cropped tightly, the picture shows little background, and much of that is the strokes' soft edge.
-        tolerance += 0.1 * candidate.contrast
-        min_share = 0.1
-    if background.numel() < min_share * difference.numel():
-        return False
-    quartiles = background.quantile(torch.tensor([0.25, 0.75]))
-    return bool(quartiles[1] - quartiles[0] < tolerance)
-
-
-def find_on_background(picture):
-    """Return the difference `(H, W)` from the background and the best candidate in it, which may be None.
-
-    If the light is even or fades linearly, the background is estimated from the picture's border, which
-    works for digits that fill the picture. Otherwise the background is estimated locally, and a candidate
-    at the border is rejected because it may be a shadow.
-    """
-    estimates = [border_median, border_plane]
-    height, width = picture.shape
-    if width < SLIM * height:  # a 1 cropped so tightly that most of the border may be ink
-        estimates.append(brightest_background)
-    for estimate in estimates:
-        difference = picture - estimate(picture)
-        candidate = find_digit(difference)
-        if candidate is not None and is_evenly_lit(difference, candidate):
-            return difference, candidate
-    difference = picture - estimate_background(picture)
-    candidate = find_digit(difference)
-    if candidate is not None and candidate.touches_border:
-        candidate = None
-    return difference, candidate
-
-
-def reject_second_digit(candidate):
-    """Raise ValueError if there is a second component, at least half as tall, next to the candidate."""
-    components = candidate.components
-    main = candidate.main
-    height = components.height
-    gap = torch.maximum(components.left - components.right[main], components.left[main] - components.right)
-    taller = torch.maximum(height, height[main])
-    is_second = candidate.is_large & (gap > 0.04 * taller)
-    is_second &= height > 0.5 * height[main]
-    is_second &= components.energy > 0.25 * components.energy[main]
-    if is_second.any():
-        raise ValueError("more than one digit found: give a picture of one digit")
-
-
-def extract_digit(gray):
-    """Return the `Digit` in the brightness `(H, W)` of a picture.
-
-    Raise ValueError if there is no digit, or if there is a second one next to it.
-    """
-    picture = shrink(gray, WORKING_SIZE)
-    difference, candidate = find_on_background(picture)
-    if candidate is None:
-        raise ValueError("no digit found: give a picture of one digit that stands out from its background")
-    reject_second_digit(candidate)
-    mask = candidate.is_selected[candidate.labels]
-    wider = largest_neighbor(mask.float())  # with the soft edges
-    sign = -1
-    if difference[mask].sum() > 0:
-        sign = 1
-    ink = (sign * difference).clamp(min=0) * wider
-    darkest = ink.max()
-    if max(ink.shape) == WORKING_SIZE:
-        darkest = smooth(ink).max()  # not one noisy pixel
-    ink = (ink / darkest).clamp(max=1)
-    rows = (ink > CROP_THRESHOLD).any(dim=1).nonzero()
-    columns = (ink > CROP_THRESHOLD).any(dim=0).nonzero()
-    top = rows[0].item()
-    bottom = rows[-1].item() + 1
-    left = columns[0].item()
-    right = columns[-1].item() + 1
-    height, width = ink.shape
-    box = (top / height, bottom / height, left / width, right / width)
-    return Digit(ink[top:bottom, left:right], box)
-
-
-# The network's input
-
-
-def center_offset(ink, dim):
-    """Return the position of `ink` along `dim` in the image that puts its center of mass on pixel 14."""
-    size = ink.shape[dim]
-    mass = ink.sum(dim=1 - dim)
-    center = (mass * torch.arange(size)).sum() / mass.sum()
-    # A hair less than 14, so that a tie always falls to the same side
-    offset = round(13.999 - center.item())
-    return min(max(offset, 0), SIDE - size)
-
-
-def scale_and_center(ink):
-    """Return the normalized network input `(1, 1, 28, 28)` of a digit's ink `(h, w)`."""
-    ink = resize(ink, scaled_size(ink, DIGIT_SIZE)).clamp(0, 1)
-    ink = ink / ink.max()
-    height, width = ink.shape
-    top = center_offset(ink, dim=0)
-    left = center_offset(ink, dim=1)
-    image = torch.zeros(1, 1, SIDE, SIDE)
-    image[0, 0, top : top + height, left : left + width] = ink
-    return (image - MEAN) / STD
-
-
-def prepare_digit(image):
-    """Return a picture of one digit preprocessed like MNIST, as normalized float32 `(1, 1, 28, 28)`.
-
-    `image` is what `read_picture` accepts, of any size, dark on light or light on dark, evenly lit or not.
-    The digit is separated from its background, cropped and scaled to fit 20×20, and its center of mass is
-    put on pixel (14, 14) of 28×28 (yann.lecun.com/exdb/mnist; the pixel was measured on the test images).
-    Raise ValueError if the picture cannot be read, shows no digit, or shows two side by side.
-    """
-    digit = extract_digit(read_picture(image))
-    return scale_and_center(digit.ink)
-
-
-@torch.no_grad()
-def predict(model, image):
-    """Return the probabilities `(10,)` of the digits for a picture that `prepare_digit` accepts."""
-    device = next(model.parameters()).device
-    model.eval()
-    output = model(prepare_digit(image).to(device))
-    return output[0].exp().cpu()
-
-
-def plot_prediction(image, probabilities):
-    """Show a picture as it was read, the detected digit, the network's input and `probabilities` `(10,)`."""
-    gray = read_picture(image)
-    digit = extract_digit(gray)
-    prepared = scale_and_center(digit.ink)
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
-    for axis in axes[:3]:
-        axis.set(xticks=[], yticks=[])
-
-    shown = shrink(gray, 1024)
-    height, width = shown.shape
-    top, bottom, left, right = digit.box
-    axes[0].imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1)
-    corner = (left * width - 0.5, top * height - 0.5)
-    frame = plt.Rectangle(
-        corner, (right - left) * width, (bottom - top) * height, fill=False, edgecolor=TEST_COLOR
-    )
-    axes[0].add_patch(frame)
-    axes[0].set_title("the picture as read")
-    axes[1].imshow(digit.ink.numpy(), cmap="gray_r", vmin=0, vmax=1)
-    axes[1].set_title("detected digit")
-    axes[2].imshow(prepared[0, 0].numpy(), cmap="gray_r")
-    axes[2].set_title("network input")
-    title = f"prediction: {probabilities.argmax()} ({probabilities.max():.1%})"
-    axes[3].bar(range(10), probabilities.tolist(), color=TEST_COLOR)
-    axes[3].set(title=title, xticks=range(10), ylim=(0, 1.05), xlabel="digit", ylabel="probability")
-    alt = f"A picture of a digit, the detected digit, the network's input, and the {title}"
-    show_figure(figure, "prediction", alt)
-
-
-# ---- drawing field ----
-
-# The only option values with which draw.html can compute a layer, by layer type.
-SUPPORTED_OPTIONS = {
-    nn.Conv2d: {"stride": 1, "dilation": 1, "padding_mode": "zeros", "bias": None},
-    nn.BatchNorm2d: {"affine": True, "track_running_stats": True},
-    nn.ReLU: {},
-    nn.MaxPool2d: {"padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False},
-    nn.AvgPool2d: {"padding": 0, "ceil_mode": False, "divisor_override": None},
-    nn.AdaptiveAvgPool2d: {"output_size": 1},
-}
-
-
-class DrawingField:
-    """The drawing field, displayed as HTML in a notebook and as a short text elsewhere."""
-
-    def __init__(self, html):
-        self.html = html
-
-    def _repr_html_(self):
-        return self.html
-
-    def __repr__(self):
-        return "drawing field"
-
-
-def drawing_field(model, description):
-    """Return a drawing field, which a notebook displays; the model runs in the page itself.
-
-    The page needs no kernel, no server and no network: `draw.html` contains the program, and the weights
-    are embedded. `description`, for example `run.description`, is shown under the field. Raise
-    FileNotFoundError if `draw.html` is not next to this file.
-    """
-    path = Path(__file__).with_name("draw.html")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: copy draw.html from the repository to that folder")
-    network = {
-        "description": description,
-        "mean": MEAN,
-        "std": STD,
-        "layers": export_layers(model),
-    }
-    check_order(model)
-    page = path.read_text(encoding="utf-8")
-    return DrawingField(page.replace("NETWORK_JSON", html.escape(json.dumps(network))))
-
-
-def export_layers(model):
-    """Return the layers of a model in evaluation mode, in their order, as dictionaries for `draw.html`.
-
-    BatchNorm becomes a scale and a shift per channel; dropout and identity are left out. Raise
-    ValueError, naming the layer, if `draw.html` cannot compute one.
-    """
-    layers = []
-    for name, layer in innermost_layers(model):
-        if not isinstance(layer, (nn.Dropout, nn.Identity)):
-            check_supported(name, layer)
-            layers.append(export_layer(layer))
-    return layers
-
-
-def innermost_layers(model):
-    """Return the layers of a model that contain no others, in the order of their definition, with names."""
-    layers = []
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if not list(layer.children()):
-            layers.append((name, layer))
-    return layers
-
-
-@torch.no_grad()
-def check_order(model):
-    """Raise ValueError unless a model applies its layers in the order of their definition, as `Network` does.
-
-    `draw.html` does so; it would compute a network with a skip connection, for example, incorrectly.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    data = torch.linspace(0, 1, 28 * 28, device=device).view(1, 1, 28, 28)  # leaves the random state as it is
-    output = model(data)
-    for _, layer in innermost_layers(model):
-        data = layer(data)
-    if not torch.allclose(F.log_softmax(data.flatten(1), dim=1), output, atol=1e-4):
-        raise ValueError("draw.html applies the layers in the order of their definition; this model does not")
-
-
-def check_supported(name, layer):
-    """Raise ValueError if `draw.html` cannot compute a layer or one of its options."""
-    remedy = "replace it, or extend draw.html and export_layers"
-    if type(layer) not in SUPPORTED_OPTIONS:
-        raise ValueError(f"draw.html cannot compute the layer {name}, {layer}: {remedy}")
-    required = dict(SUPPORTED_OPTIONS[type(layer)])
-    if isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
-        required["stride"] = number(layer.kernel_size)
-    for option, value in required.items():
-        if number(getattr(layer, option)) != value:
-            raise ValueError(f"draw.html cannot compute the {option} of the layer {name}, {layer}: {remedy}")
-    for option in ("kernel_size", "padding"):
-        if not isinstance(number(getattr(layer, option, 0)), int):
-            raise ValueError(f"draw.html cannot compute the {option} of the layer {name}, {layer}: {remedy}")
-
-
-def number(value):
-    """Return a pair of equal values, such as a kernel's height and width, as one value."""
-    if isinstance(value, tuple) and len(set(value)) == 1:
-        return value[0]
-    return value
-
-
-def export_layer(layer):
-    """Return a supported layer as a dictionary."""
-    if isinstance(layer, nn.Conv2d):
-        return {
-            "kind": "conv",
-            "channels": layer.out_channels,
-            "kernel": number(layer.kernel_size),
-            "padding": number(layer.padding),
-            "groups": layer.groups,
-            "weight": encode(layer.weight),
-        }
-    if isinstance(layer, nn.BatchNorm2d):
-        scale = layer.weight.double() / torch.sqrt(layer.running_var.double() + layer.eps)
-        shift = layer.bias.double() - layer.running_mean.double() * scale
-        return {"kind": "scale", "scale": encode(scale), "shift": encode(shift)}
-    if isinstance(layer, nn.ReLU):
-        return {"kind": "relu"}
-    if isinstance(layer, nn.MaxPool2d):
-        return {"kind": "maxpool", "size": number(layer.kernel_size)}
-    if isinstance(layer, nn.AvgPool2d):
-        return {"kind": "avgpool", "size": number(layer.kernel_size)}
-    return {"kind": "avgpool", "size": None}  # of the whole image
-
-
-def encode(tensor):
-    """Return the numbers of a tensor as text: float32, little-endian, in base64."""
-    numbers = tensor.detach().cpu().float().numpy()
-    return base64.b64encode(numbers.astype("<f4").tobytes()).decode()
+    figure.suptitle(title)
+    for row_axes, (label, channels) in zip(axes, rows, strict=True):
+        low = channels.min().item()
+        high = channels.max().item()
+        for axis, channel in zip(row_axes, channels, strict=False):
+            axis.imshow(channel.numpy(), cmap="gray", vmin=low, vmax=high)
+        for axis in row_axes:
+            axis.set(xticks=[], yticks=[])
+        for axis in row_axes[len(channels) :]:
+            axis.set_axis_off()
+        row_axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    show_figure(figure, "features", f"{title}: the filters of the first layer, then one row per block")

@@ -10,62 +10,44 @@ run in parallel if each has its own models or seeds.
 import argparse
 from dataclasses import replace
 
+import common
 import torch
-from common import (
-    ACCURACY_COLUMNS,
-    EPOCHS,
-    ROOT,
-    SEEDS,
-    append_rows,
-    checkpoint_path,
-    default_device,
-    machine_columns,
-    read_rows,
-    train_model,
-)
 from tqdm import tqdm
 
 import utils
 from model import MODELS, create_model
 
-CSV = ROOT / "benchmarks" / "accuracy.csv"
+CSV = common.ROOT / "benchmarks" / "accuracy.csv"
 CONSTANT_RATE = {"step_size": 1, "gamma": 1.0}  # arguments of StepLR
 MODEL4_RECIPE = utils.RECIPES["Model4"]
-RECIPES = {  # by model and schedule
-    ("Model1", "described"): utils.RECIPES["Model1"],
-    ("Model2", "described"): utils.RECIPES["Model2"],
-    ("Model3", "described"): utils.RECIPES["Model3"],
-    ("Model4", "described"): utils.RECIPES["Model4"],
-    ("Model5", "described"): utils.RECIPES["Model5"],
-    ("Model1", "constant"): replace(utils.RECIPES["Model1"], scheduler_args=CONSTANT_RATE),
-    # from Model2 to Model4, one change at a time
-    ("Model2", "rate"): replace(MODEL4_RECIPE, augmentation=None),
-    ("Model2", "augment"): replace(MODEL4_RECIPE, clean_epochs=0),
-    ("Model2", "clean_epochs"): MODEL4_RECIPE,
-}
+RECIPES = {(name, "described"): recipe for name, recipe in utils.RECIPES.items()}  # by model and schedule
+RECIPES["Model1", "constant"] = replace(utils.RECIPES["Model1"], scheduler_args=CONSTANT_RATE)
+# From Model2 to Model4, one change at a time
+RECIPES["Model2", "rate"] = replace(MODEL4_RECIPE, augmentation=None)
+RECIPES["Model2", "augment"] = replace(MODEL4_RECIPE, clean_epochs=0)
+RECIPES["Model2", "clean_epochs"] = MODEL4_RECIPE
 
 
 def train_and_describe(name, schedule, seed, train_set, test_set, device):
     """Train one model with one seed; return the rows of accuracy.csv, one per epoch."""
     recipe = RECIPES[name, schedule]
-    settings = utils.run_settings(name, train_set.name, EPOCHS, seed, recipe)
-    path = checkpoint_path(f"accuracy-{name}-{schedule}-{seed}")
+    path = common.checkpoint_path(f"accuracy-{name}-{schedule}-{seed}")
     torch.manual_seed(seed)
     model = create_model(name).to(device)
-    history = train_model(model, recipe, train_set, test_set, settings, path, device)
+    history = common.train_model(model, recipe, train_set, test_set, path, seed=seed, device=device)
     rows = []
-    for epoch in range(1, history.epochs + 1):
+    for epoch in range(1, history.completed + 1):
         row = {"model": name, "schedule": schedule, "seed": seed, "epoch": epoch}
-        for column, field in ACCURACY_COLUMNS.items():
+        for column, field in common.ACCURACY_COLUMNS.items():
             row[column] = round(getattr(history, field)[epoch - 1], 6)
-        row.update(machine_columns(device))
+        row.update(common.machine_columns(device))
         rows.append(row)
     return rows
 
 
 def is_recorded(name, schedule, seed):
     """Return whether accuracy.csv contains a run."""
-    for row in read_rows(CSV):
+    for row in common.read_rows(CSV):
         if (row["model"], row["schedule"], row["seed"]) == (name, schedule, str(seed)):
             return True
     return False
@@ -74,9 +56,9 @@ def is_recorded(name, schedule, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=common.SEEDS)
     args = parser.parse_args()
-    device = default_device()
+    device = common.default_device()
     train_set, test_set = utils.load_data(standin=False)
     wanted = []
     for seed in args.seeds:
@@ -87,7 +69,7 @@ def main():
         if not is_recorded(name, schedule, seed):
             print(f"\n{name}, {schedule}, seed {seed}")
             rows = train_and_describe(name, schedule, seed, train_set, test_set, device)
-            append_rows(rows, CSV)
+            common.append_rows(rows, CSV)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,21 @@
-"""What the benchmark programs share: networks, training, CSV files and the recorded runs."""
+"""What the benchmark programs share: networks, training, CSV files and the recorded runs.
+
+A program imports this module before torch, because of `GOMP_SPINCOUNT`.
+"""
 
 import csv
 import io
+import os
 import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if sys.platform == "linux":
+    # libgomp's threads wait for each other by spinning, which costs a whole time slice per wait if another
+    # process keeps the machine busy. It reads the limit when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +23,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import utils
-from model import Network, conv, first_block, separable_block
+from model import Network, conv, create_model, first_block, separable_block
 
 ROOT = Path(utils.__file__).resolve().parent
 EPOCHS = 15
@@ -78,31 +86,49 @@ def count_parameters(model):
 
 def checkpoint_path(name):
     """Return the path of a checkpoint in the folder `S7_CHECKPOINTS` (default `checkpoints`)."""
-    return Path(utils.setting_from_env("CHECKPOINTS", "checkpoints")) / f"{name}.pt"
+    return Path(os.environ.get("S7_CHECKPOINTS") or "checkpoints") / f"{name}.pt"
 
 
-def train_model(model, recipe, train_set, test_set, settings, path, device="cpu"):
+def train_model(model, recipe, train_set, test_set, path, epochs=EPOCHS, seed=1, device="cpu"):
     """Train as the notebook does; return the `History`.
 
-    `settings` is what `utils.run_settings` returns. An interrupted run is resumed from the checkpoint
-    at `path`. Raise ValueError if the checkpoint was created with different settings.
+    An interrupted run is resumed from the checkpoint at `path`. Raise ValueError if that is the checkpoint
+    of a different run.
     """
-    train_loader = utils.BatchLoader(train_set, recipe.batch_size, device, shuffle=True)
+    train_loader = utils.BatchLoader(
+        train_set,
+        recipe.batch_size,
+        device,
+        shuffle=True,
+        augmentation=recipe.augmentation,
+        augmented_epochs=epochs - recipe.clean_epochs,
+    )
     test_loader = utils.BatchLoader(test_set, recipe.batch_size, device)
     optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
     scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
-
-    run = utils.Run(path, settings, model, optimizer, scheduler, resume=True)
-    for epoch in run.epochs():
-        train_loader.augmentation = recipe.augmentation_for(epoch, settings["epochs"])
-        train_loss, train_acc = utils.train(model, device, train_loader, optimizer, F.nll_loss)
-        test_loss, test_acc = utils.test(model, device, test_loader, F.nll_loss)
+    criterion = F.nll_loss
+    run = utils.Run(
+        path, model, optimizer, scheduler, train_loader, criterion, epochs=epochs, seed=seed, resume=True
+    )
+    for epoch in run.remaining_epochs():
+        train_loader.set_epoch(epoch)
+        train_loss, train_acc = utils.train(model, device, train_loader, optimizer, criterion)
+        test_loss, test_acc = utils.test(model, device, test_loader, criterion)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(test_loss)
         else:
             scheduler.step()
         run.record(train_loss, train_acc, test_loss, test_acc)
     return run.history
+
+
+def load_model(path):
+    """Return the name and the network of a checkpoint of this repository, in evaluation mode."""
+    state = utils.load_checkpoint(path)
+    name = state["description"]["network"].split("(")[0]
+    model = create_model(name)
+    model.load_state_dict(state["model"])
+    return name, model.eval()
 
 
 def default_device():
@@ -179,11 +205,11 @@ def recorded_runs(rows):
     return runs
 
 
-def mean_of_last_five(history):
-    """Return the mean test accuracy of the last five epochs of a run, in percent."""
-    return statistics.mean(history.test_acc[-5:])
+def mean_of_last_epochs(history):
+    """Return the mean test accuracy of the last epochs of a run, in percent."""
+    return statistics.mean(history.test_acc[-utils.LAST_EPOCHS :])
 
 
-def lowest_of_last_five(history):
-    """Return the lowest test accuracy of the last five epochs of a run, in percent."""
-    return min(history.test_acc[-5:])
+def lowest_of_last_epochs(history):
+    """Return the lowest test accuracy of the last epochs of a run, in percent."""
+    return min(history.test_acc[-utils.LAST_EPOCHS :])

@@ -1,43 +1,55 @@
-"""Accuracy and prediction time of the drawing field, in a headless Chromium or Chrome.
+"""Accuracy and prediction time of the drawing field, in a headless Chromium or Chrome, and its screenshot.
 
     python benchmarks/drawing.py checkpoints/Model4-seed1.pt
 
-Test images are enlarged to the size of the field and drawn in it. The page then does what it does while
-a user draws: it crops, scales and centers the drawing, runs the network and shows the prediction. The
-script writes drawing.csv, one row per checkpoint: the accuracy in the field and on the original images,
-the largest difference from PyTorch's probabilities, and the median time of a prediction.
+Test images are enlarged to the size of the field and become its ink. The page then does what it does while
+a user draws: it crops, scales and centers the drawing, runs the network and shows the prediction. The script
+writes drawing.csv, one row per checkpoint: the accuracy in the field and on the original images, the largest
+difference from PyTorch's probabilities, and the median time of a prediction. images/drawing.png shows a
+digit drawn by mouse, for the first checkpoint; it is 1,440 pixels wide, for display at 720.
+
+Needs Playwright (`pip install playwright`) and an installed Chromium or Chrome.
 """
 
-import json
+import base64
+import contextlib
+import math
+import shutil
 import statistics
 import sys
 
 import torch
-from browser import Browser, find_browser
+import torch.nn.functional as F
 from common import ROOT, machine_columns, write_rows
+from playwright.sync_api import sync_playwright
 
 import utils
+from drawing_field import drawing_field
 from model import create_model
 
 IMAGES = 500
 CSV = ROOT / "benchmarks" / "drawing.csv"
+SCREENSHOT = ROOT / "images" / "drawing.png"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
+FIELD = 252  # side of the field in its own units
+STYLE = "body { margin: 16px; font-family: system-ui, sans-serif; color: #222 }"
 
-# Draws an image, given as 784 opacities from 0 to 255, and returns what the page makes of it.
-DRAW = """
-function drawImage(opacities) {
-  const host = document.querySelector(".drawing-field");
+# Makes 252×252 bytes, in base64, the ink of the field and returns what the page makes of it.
+RECOGNIZE = """
+(host, text) => {
   const field = host.field;
-  const image = new ImageData(28, 28);
-  opacities.forEach((opacity, i) => image.data.set([0, 0, 0, opacity], 4 * i));
-  const small = document.createElement("canvas");
-  small.width = 28;
-  small.height = 28;
-  small.getContext("2d").putImageData(image, 0, 0);
-  const side = field.ink.canvas.width;
-  field.ink.clearRect(0, 0, side, side);
-  field.ink.drawImage(small, 0, 0, side, side);
+  const values = Float64Array.from(atob(text), (character) => character.charCodeAt(0) / 255);
+  field.ink = field.ink.map((row, y) => values.slice(y * row.length, (y + 1) * row.length));
   const start = performance.now();
-  field.answer();
+  field.predict();
   const milliseconds = performance.now() - start;
   const pixels = field.prepare(field.ink);
   return {
@@ -50,34 +62,59 @@ function drawImage(opacities) {
 """
 
 
+@contextlib.contextmanager
+def running_browser():
+    """Run a browser in a `with` block; raise FileNotFoundError if none is installed."""
+    for name in BROWSERS:
+        program = shutil.which(name)
+        if program is not None:
+            break
+    else:
+        raise FileNotFoundError("no Chromium or Chrome was found: install one")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+def open_field(browser, model, description, **options):
+    """Return a page with a drawing field, and the field's element; `options` are those of the page."""
+    page = browser.new_page(**options)
+    field = drawing_field(model, description)
+    page.set_content(f"<!doctype html><meta charset='utf-8'><style>{STYLE}</style>{field.html}")
+    host = page.locator("div.drawing-field")
+    host.wait_for()
+    return page, host
+
+
 @torch.no_grad()
 def measure(browser, model, name, test_set):
     """Return a row for a trained model and a `DigitSet` of test images, as a dictionary."""
     model.eval()
-    field = utils.drawing_field(model, name)
-    browser.show(f"<!doctype html><meta charset='utf-8'>{field.html}<script>{DRAW}</script>")
+    page, host = open_field(browser, model, name)
     answers = []
     times = []
     largest_difference = 0.0
-    for image in test_set.images:
-        result = browser.evaluate(f"drawImage({json.dumps(image.flatten().tolist())})")
+    enlarged = F.interpolate(test_set.images[:, None] / 255, FIELD, mode="bilinear")
+    for ink in enlarged[:, 0]:
+        ink = (255 * ink / ink.max()).round().byte()
+        result = host.evaluate(RECOGNIZE, base64.b64encode(ink.numpy().tobytes()).decode())
         answers.append(result["answer"])
         times.append(result["milliseconds"])
         pixels = torch.tensor(result["pixels"]).reshape(1, 1, utils.SIDE, utils.SIDE)
         expected = model((pixels - utils.MEAN) / utils.STD)[0].exp()
         difference = (torch.tensor(result["probabilities"]) - expected).abs().max().item()
         largest_difference = max(largest_difference, difference)
+    page.close()
     data = (test_set.images[:, None] / 255 - utils.MEAN) / utils.STD
-    original_predictions = model(data).argmax(dim=1)
-    field_predictions = torch.tensor(answers)
     return {
         "model": name,
         "images": len(test_set),
-        "original_acc": accuracy(original_predictions, test_set.labels),
-        "field_acc": accuracy(field_predictions, test_set.labels),
+        "original_acc": accuracy(model(data).argmax(dim=1), test_set.labels),
+        "field_acc": accuracy(torch.tensor(answers), test_set.labels),
         "largest_difference": f"{largest_difference:.1e}",
         "median_ms": f"{statistics.median(times):.1f}",
-        "browser": browser.call("Browser.getVersion")["product"],
+        "browser": f"Chrome/{browser.version}",
     }
 
 
@@ -86,26 +123,57 @@ def accuracy(predictions, labels):
     return f"{100 * (predictions == labels).double().mean().item():.2f}"
 
 
-def main():
-    program = find_browser()
-    if program is None:
-        sys.exit("no Chromium or Chrome was found: install one")
-    _, test_set = utils.load_data(standin=False)
+def arc(center_x, center_y, radius_x, radius_y, start, end, steps=24):
+    """Return points on an ellipse from one angle to another, in degrees clockwise from the right."""
+    points = []
+    for step in range(steps + 1):
+        angle = math.radians(start + (end - start) * step / steps)
+        points.append((center_x + radius_x * math.cos(angle), center_y + radius_y * math.sin(angle)))
+    return points
+
+
+THREE = arc(0.46, 0.33, 0.20, 0.17, -160, 80) + arc(0.47, 0.66, 0.23, 0.18, -80, 150)
+
+
+def draw_screenshot(browser, model, description, path):
+    """Draw a 3 by mouse and save a screenshot of the field."""
+    window = {"width": 720, "height": 404}
+    page, host = open_field(browser, model, description, viewport=window, device_scale_factor=2)
+    box = host.locator("svg").bounding_box()
+    for x, y in THREE:
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        page.mouse.down()
+    page.mouse.up()
+    page.mouse.move(0, 0)
+    page.wait_for_function("host => host.field.frame === null", arg=host.element_handle())
+    page.screenshot(path=path)
+    page.close()
+
+
+def load_model(path):
+    """Return the trained network of a checkpoint, its name, and its last test accuracy in percent."""
+    state = utils.read_checkpoint(path)
+    name = state["settings"]["model"]
+    model = create_model(name)
+    model.load_state_dict(state["model"])
+    return model, name, state["history"]["test_acc"][-1]
+
+
+def main(paths, test_set, csv=CSV, screenshot=SCREENSHOT):
+    """Measure the checkpoints at `paths`, and write the CSV file and the screenshot."""
     rows = []
-    browser = Browser(program)
-    try:
-        for path in sys.argv[1:]:
-            state = utils.read_checkpoint(path)
-            name = state["settings"]["model"]
-            model = create_model(name)
-            model.load_state_dict(state["model"])
-            rows.append({**measure(browser, model, name, test_set[:IMAGES]), **machine_columns("cpu")})
-    finally:
-        browser.close()
-    for row in rows:
-        print(row)
-    write_rows(rows, CSV)
+    with running_browser() as browser:
+        for path in paths:
+            model, name, test_acc = load_model(path)
+            row = {**measure(browser, model, name, test_set), **machine_columns("cpu")}
+            print(row)
+            rows.append(row)
+            if path == paths[0]:
+                description = f"{name} on MNIST: test accuracy {test_acc:.2f} %"
+                draw_screenshot(browser, model, description, screenshot)
+    write_rows(rows, csv)
 
 
 if __name__ == "__main__":
-    main()
+    _, mnist = utils.load_data(standin=False)
+    main(sys.argv[1:], mnist[:IMAGES])

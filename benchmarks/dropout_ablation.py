@@ -6,14 +6,15 @@ Evaluates the Model1 checkpoints written by accuracy.py (as described) on the 60
 with BatchNorm in evaluation mode. Writes `dropout_ablation.csv`, one row per seed and setting.
 """
 
+import common
 import torch
-from common import ROOT, SEEDS, checkpoint_path, machine_columns, write_rows
 from torch import nn
+from tqdm import tqdm
 
 import utils
 from model import create_model
 
-CSV = ROOT / "benchmarks" / "dropout_ablation.csv"
+CSV = common.ROOT / "benchmarks" / "dropout_ablation.csv"
 BATCH_SIZE = 500
 LAST_BLOCK = ["convblock7"]  # its dropout acts on the logits
 OTHER_BLOCKS = ["convblock1", "convblock2", "convblock4", "convblock5", "convblock6"]
@@ -49,19 +50,18 @@ def main():
     train_set, _ = utils.load_data(standin=False)
     loader = utils.BatchLoader(train_set, BATCH_SIZE, "cpu")
     rows = []
-    for seed in SEEDS:
+    for seed in tqdm(common.SEEDS, desc="seeds"):
         model = create_model("Model1")
-        state = utils.read_checkpoint(checkpoint_path(f"accuracy-Model1-described-{seed}"))
+        state = utils.load_checkpoint(common.checkpoint_path(f"accuracy-Model1-described-{seed}"))
         model.load_state_dict(state["model"])
         for setting, blocks in SETTINGS.items():
             activate_dropout(model, blocks)
             torch.manual_seed(seed)
             accuracy = measure_accuracy(model, loader)
             row = {"dropout": setting, "seed": seed, "train_acc": f"{accuracy:.3f}"}
-            row.update(machine_columns("cpu"))
+            row.update(common.machine_columns("cpu"))
             rows.append(row)
-            print(setting, seed, row["train_acc"])
-    write_rows(rows, CSV)
+    common.write_rows(rows, CSV)
 
 
 if __name__ == "__main__":

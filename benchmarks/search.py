@@ -3,36 +3,34 @@
     python benchmarks/search.py     train every configuration that is not yet in search.csv
 
 Each run trains on 50,000 images of a fixed permutation of MNIST's training set and is validated on the
-other 10,000; the test images are not used. A configuration is a network like Model4 and Model4's
-recipe, with the listed changes.
+other 10,000; the test images are not used. A configuration is a network like Model4 and the recipe
+`BASE`, with the listed changes.
 """
 
 import json
+import re
 import statistics
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
+import common
 import torch
-from common import (
-    EPOCHS,
-    ROOT,
-    Candidate,
-    append_rows,
-    checkpoint_path,
-    count_parameters,
-    lowest_of_last_five,
-    machine_columns,
-    mean_of_last_five,
-    read_rows,
-    train_model,
-)
+from torch.optim.lr_scheduler import StepLR
+from tqdm import tqdm
 
 import utils
 
-CSV = ROOT / "benchmarks" / "search.csv"
+CSV = common.ROOT / "benchmarks" / "search.csv"
 IMAGES = 60_000
 TRAIN_IMAGES = 50_000
-RECIPE = utils.RECIPES["Model4"]
+BASE = utils.Recipe(  # Model4's when the search began; written out, so that recorded rows keep their meaning
+    sgd=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    scheduler=StepLR,
+    scheduler_args=dict(step_size=1, gamma=0.75),
+    augmentation=partial(utils.random_affine, degrees=10, shift=0.06, scale=0.06),
+    clean_epochs=5,
+)
 
 
 class Configuration(NamedTuple):
@@ -40,48 +38,45 @@ class Configuration(NamedTuple):
 
     before: list  # output channels of the blocks before the pool
     after: list  # and after it
-    changes: dict  # of Model4's recipe
+    changes: dict  # of `BASE`; the augmentation is given by the arguments of `utils.random_affine`
     seeds: tuple = (1, 2, 3)
 
 
+EARLIER_MODEL4 = ([16, 16, 24], [32, 36, 36, 36])
+MODEL4 = ([16, 16], [32, 32, 32, 32, 40])
+MODEL5 = ([16, 16], [24, 24, 24, 28])
 CONFIGURATIONS = [
     # the recipe
-    Configuration([16, 16, 24], [32, 36, 36, 36], {}),
-    Configuration([16, 16, 24], [32, 36, 36, 36], {"scheduler_args": {"step_size": 5, "gamma": 0.2}}),
-    Configuration([16, 16, 24], [32, 36, 36, 36], {"scheduler_args": {"step_size": 1, "gamma": 0.8}}),
-    Configuration([16, 16, 24], [32, 36, 36, 36], {"clean_epochs": 0}),
-    Configuration([16, 16, 24], [32, 36, 36, 36], {"scheduler_args": {"step_size": 1, "gamma": 0.7}}),
-    Configuration(
-        [16, 16, 24],
-        [32, 36, 36, 36],
-        {"batch_size": 64, "sgd": {"lr": 0.07, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0005}},
-    ),
-    Configuration(
-        [16, 16, 24],
-        [32, 36, 36, 36],
-        {"augmentation": {"degrees": 15, "shift": 0.08, "scale": 0.1}},
-    ),
-    Configuration(
-        [16, 16, 24],
-        [32, 36, 36, 36],
-        {"augmentation": {"degrees": 7, "shift": 0.04, "scale": 0.04}},
-    ),
+    Configuration(*EARLIER_MODEL4, {}),
+    Configuration(*EARLIER_MODEL4, {"scheduler_args": {"step_size": 5, "gamma": 0.2}}),
+    Configuration(*EARLIER_MODEL4, {"scheduler_args": {"step_size": 1, "gamma": 0.8}}),
+    Configuration(*EARLIER_MODEL4, {"clean_epochs": 0}),
+    Configuration(*EARLIER_MODEL4, {"scheduler_args": {"step_size": 1, "gamma": 0.7}}),
+    Configuration(*EARLIER_MODEL4, {"batch_size": 64, "sgd": {**BASE.sgd, "lr": 0.07}}),
+    Configuration(*EARLIER_MODEL4, {"augmentation": {"degrees": 15, "shift": 0.08, "scale": 0.1}}),
+    Configuration(*EARLIER_MODEL4, {"augmentation": {"degrees": 7, "shift": 0.04, "scale": 0.04}}),
     # the network
     Configuration([16, 16], [32, 40, 40, 40], {}),
-    Configuration([16, 16], [32, 32, 32, 32, 40], {}),
+    Configuration(*MODEL4, {}),
     Configuration([8, 16], [32, 32, 32, 32, 40], {}, seeds=(1,)),
-    Configuration([16, 16], [24, 24, 24, 28], {}),
+    Configuration(*MODEL5, {}),
     Configuration([12, 12], [24, 28, 28, 24], {}),
     Configuration([12, 12], [16, 24, 24, 24, 24], {}, seeds=(1,)),
     Configuration([8, 16], [16, 24, 24, 24, 24], {}, seeds=(1,)),
     Configuration([8, 8], [24, 32, 24, 32], {}, seeds=(1,)),
     # the recipe again, with the chosen network
-    Configuration(
-        [16, 16],
-        [32, 32, 32, 32, 40],
-        {"sgd": {"lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0005}},
-    ),
-    Configuration([16, 16], [32, 32, 32, 32, 40], {"clean_epochs": 3}),
+    Configuration(*MODEL4, {"sgd": {**BASE.sgd, "lr": 0.15}}),
+    Configuration(*MODEL4, {"clean_epochs": 3}),
+    # the end without augmentation, with both chosen networks; five epochs are what `BASE` has, but these
+    # runs use `F.affine_grid`, which the earlier ones did not
+    Configuration(*MODEL4, {"clean_epochs": 5}),
+    Configuration(*MODEL4, {"clean_epochs": 6}),
+    Configuration(*MODEL4, {"clean_epochs": 7}),
+    Configuration(*MODEL4, {"clean_epochs": 8}),
+    Configuration(*MODEL5, {"clean_epochs": 5}),
+    Configuration(*MODEL5, {"clean_epochs": 6}),
+    Configuration(*MODEL5, {"clean_epochs": 7}),
+    Configuration(*MODEL5, {"clean_epochs": 8}),
 ]
 
 
@@ -89,6 +84,14 @@ def split(train_set):
     """Return 50,000 images to train on and 10,000 to validate on, which are the same in every run."""
     order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))
     return train_set[order[:TRAIN_IMAGES]], train_set[order[TRAIN_IMAGES:]]
+
+
+def changed_recipe(changes):
+    """Return `BASE` with the changes of a configuration."""
+    changes = dict(changes)
+    if "augmentation" in changes:
+        changes["augmentation"] = partial(utils.random_affine, **changes["augmentation"])
+    return replace(BASE, **changes)
 
 
 def identity(configuration, seed):
@@ -101,49 +104,44 @@ def identity(configuration, seed):
     }
 
 
-def checkpoint_name(columns):
-    """Return the name of a run's checkpoint, made from the letters and digits of `identity`."""
-    text = "-".join(columns.values()).replace(" ", "-")
-    kept = filter(lambda character: character.isalnum() or character in ".-", text)
-    return "search-" + "".join(kept)
-
-
-def train_and_describe(configuration, seed, train_set, validation_set, epochs=EPOCHS):
+def train_and_describe(configuration, seed, train_set, validation_set, epochs=common.EPOCHS):
     """Train one configuration with one seed; return its row of search.csv."""
     columns = identity(configuration, seed)
-    recipe = replace(RECIPE, **configuration.changes)
-    network = f"{columns['before']} | {columns['after']}"
-    settings = utils.run_settings(network, train_set.name, epochs, seed, recipe)
-    path = checkpoint_path(checkpoint_name(columns))
+    name = re.sub("[^a-z0-9.]+", "-", " ".join(columns.values()))
+    path = common.checkpoint_path(f"search-{name}")
     torch.manual_seed(seed)
-    model = Candidate(configuration.before, configuration.after).to(memory_format=Candidate.memory_format)
-    history = train_model(model, recipe, train_set, validation_set, settings, path)
+    model = common.Candidate(configuration.before, configuration.after)
+    model.to(memory_format=model.memory_format)
+    recipe = changed_recipe(configuration.changes)
+    history = common.train_model(model, recipe, train_set, validation_set, path, epochs, seed)
     return {
         **columns,
-        "parameters": count_parameters(model),
-        "mean_last_five": round(mean_of_last_five(history), 3),
-        "worst_last_five": lowest_of_last_five(history),
-        "loss_last_five": round(statistics.mean(history.test_losses[-5:]), 5),
+        "parameters": common.count_parameters(model),
+        "mean_last_five": round(common.mean_of_last_epochs(history), 3),
+        "worst_last_five": common.lowest_of_last_epochs(history),
+        "loss_last_five": round(statistics.mean(history.test_losses[-utils.LAST_EPOCHS :]), 5),
         "val_acc_by_epoch": " ".join(f"{accuracy:.2f}" for accuracy in history.test_acc),
         "seconds": round(statistics.median(history.seconds), 1),
-        **machine_columns("cpu"),
+        **common.machine_columns("cpu"),
     }
 
 
 def is_recorded(configuration, seed):
     """Return whether search.csv contains a run."""
     columns = identity(configuration, seed)
-    return any(columns.items() <= row.items() for row in read_rows(CSV))
+    return any(columns.items() <= row.items() for row in common.read_rows(CSV))
 
 
 def main():
     train_set, validation_set = split(utils.load_data(standin=False)[0])
+    wanted = []
     for configuration in CONFIGURATIONS:
         for seed in configuration.seeds:
-            if not is_recorded(configuration, seed):
-                print(f"\n{configuration}, seed {seed}")
-                row = train_and_describe(configuration, seed, train_set, validation_set)
-                append_rows([row], CSV)
+            wanted.append((configuration, seed))
+    for configuration, seed in tqdm(wanted, desc="runs"):
+        if not is_recorded(configuration, seed):
+            row = train_and_describe(configuration, seed, train_set, validation_set)
+            common.append_rows([row], CSV)
 
 
 if __name__ == "__main__":

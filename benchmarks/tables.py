@@ -3,33 +3,29 @@
     python benchmarks/tables.py --write     update both files
     python benchmarks/tables.py --check     fail if a table is stale, and name it
 
-A table is between the lines `<!-- table: NAME -->` and `<!-- /table -->`. `create_tables` lists the names.
+A table is between the lines `<!-- table: NAME -->` and `<!-- /table -->`. `create_tables` lists the
+names. What is not recorded is left out. Accuracies are in percent; the titles are short, so that the
+tables fit a phone: "size" is the number of parameters, "min" the lowest of the last epochs, "from" the
+epoch from which the target is met, and "field" the receptive field, in pixels.
 """
 
 import argparse
+import json
 import re
 import statistics
 import sys
 from typing import NamedTuple
 
-from common import (
-    PUBLISHED,
-    ROOT,
-    count_parameters,
-    lowest_of_last_five,
-    mean_of_last_five,
-    read_rows,
-    recorded_runs,
-)
+import common
 
 import utils
 from model import MODELS, create_model
 
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+FOLDER = common.ROOT / "benchmarks"
+PAGES = [common.ROOT / "README.md", FOLDER / "README.md"]
 START = "<!-- table: "
 MARKED_TABLE = re.compile(START + r"(?P<name>[^>]+) -->\n(?:(?!<!-- ).*\n)*<!-- /table -->")
-PREVIOUS_MODEL4 = "previous Model4"  # as `epoch_time.py` calls it
-MACHINE_COLUMNS = ["device", "threads", "torch"]
+MEAN = f"mean, last {utils.LAST_EPOCHS}"  # the title of a column
 
 
 class Step(NamedTuple):
@@ -45,7 +41,7 @@ STEPS = [
     Step("Model2", "described", "Model2: wider network, no dropout"),
     Step("Model2", "rate", "Model4's optimizer and scheduler"),
     Step("Model2", "augment", "augmentation"),
-    Step("Model2", "clean_epochs", "no augmentation in the last five epochs"),
+    Step("Model2", "clean_epochs", "no augmentation in the last epochs"),
     Step("Model4", "described", "Model4's network"),
 ]
 STEP_SEEDS = 3  # the steps between the models were run with the first three seeds only
@@ -55,9 +51,10 @@ STEP_SEEDS = 3  # the steps between the models were run with the first three see
 
 
 def markdown_table(header, rows):
-    """Return a table in Markdown; a cell is anything that can be converted to text."""
+    """Return a table in Markdown; `header` is text with the titles between bars."""
+    titles = header.split(" | ")
     lines = []
-    for cells in [header, ["---"] * len(header), *rows]:
+    for cells in [titles, ["---"] * len(titles), *rows]:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -86,129 +83,87 @@ def epoch_of_target(histories):
     return str(latest)
 
 
-def numbers(rows, column):
-    """Return a column of some rows as numbers."""
-    return [float(row[column]) for row in rows]
+def result_cells(histories):
+    """Return the cells about the last epochs of some runs: mean, lowest, and `epoch_of_target`."""
+    mean = mean_and_deviation(list(map(common.mean_of_last_epochs, histories)))
+    lowest = min(map(common.lowest_of_last_epochs, histories))
+    return [mean, f"{lowest:.2f}", epoch_of_target(histories)]
+
+
+def last_train_accuracy(histories):
+    """Return the train accuracy of some runs in their last epoch, as a cell."""
+    return mean_and_deviation([history.train_acc[-1] for history in histories])
+
+
+def last_test_accuracy(histories):
+    """Return the test accuracy of some runs in their last epoch, as a cell."""
+    return mean_and_deviation([history.test_acc[-1] for history in histories])
 
 
 # ---- tables from accuracy.csv ----
 
 
+def described_runs(runs):
+    """Return the runs of the models that were trained as described: a dictionary from name to list."""
+    described = {}
+    for name in MODELS:
+        if (name, "described") in runs:
+            described[name] = runs[name, "described"]
+    return described
+
+
 def overview_table(runs):
     """Return the main results of all models, trained as described."""
     rows = []
-    for name in MODELS:
-        histories = runs.get((name, "described"), [])
-        if histories:
-            lowest = min(map(lowest_of_last_five, histories))
-            parameters = count_parameters(create_model(name))
-            test_acc = mean_and_deviation(list(map(mean_of_last_five, histories)))
-            rows.append([name, f"{parameters:,}", test_acc, f"{lowest:.2f}", epoch_of_target(histories)])
-    header = [
-        "model",
-        "parameters",
-        "test accuracy, last five epochs (%)",
-        "lowest of them (%)",
-        "≥ 99.4 % from epoch",
-    ]
-    return markdown_table(header, rows)
+    for name, histories in described_runs(runs).items():
+        parameters = common.count_parameters(create_model(name))
+        rows.append([name, f"{parameters:,}", *result_cells(histories)])
+    return markdown_table(f"model | size | {MEAN} | min | from", rows)
 
 
 def accuracy_table(runs):
     """Return size and accuracies of all models, trained as described, in more detail."""
     rows = []
-    for name in MODELS:
-        histories = runs.get((name, "described"), [])
-        if histories:
-            layers = utils.layer_table(create_model(name))
-            mult_adds = sum(layer.mult_adds for layer in layers)
-            train_acc = [history.train_acc[-1] for history in histories]
-            best = [max(history.test_acc) for history in histories]
-            last = [history.test_acc[-1] for history in histories]
-            rows.append(
-                [
-                    name,
-                    f"{mult_adds:,}",
-                    layers[-1].receptive_field,
-                    mean_and_deviation(train_acc),
-                    mean_and_deviation(best),
-                    mean_and_deviation(last),
-                ]
-            )
-    header = [
-        "model",
-        "multiply-adds",
-        "receptive field",
-        "train accuracy, last epoch",
-        "test accuracy, best epoch",
-        "test accuracy, last epoch",
-    ]
-    return markdown_table(header, rows)
+    for name, histories in described_runs(runs).items():
+        layers = utils.layer_table(create_model(name))
+        mult_adds = sum(layer.mult_adds for layer in layers)
+        best = mean_and_deviation([max(history.test_acc) for history in histories])
+        accuracies = [last_train_accuracy(histories), best, last_test_accuracy(histories)]
+        rows.append([name, f"{mult_adds:,}", layers[-1].receptive_field, *accuracies])
+    return markdown_table("model | mult-adds | field | train, last | test, best | test, last", rows)
 
 
 def schedules_table(name, runs):
     """Return the accuracy of a model per schedule, next to the published accuracies."""
+    constant = runs.get((name, "constant"), [])
+    described = runs.get((name, "described"), [])
+    schedules = {"constant, 0.01": constant, "as described": described}
+    if constant == described:
+        schedules = {"constant, 0.01 = as described": described}
     rows = []
-    for schedule, title in (("constant", "constant, 0.01"), ("described", "as described")):
-        histories = runs[name, schedule]
-        best_train = [max(history.train_acc) for history in histories]
-        best_test = [max(history.test_acc) for history in histories]
-        last = [history.test_acc[-1] for history in histories]
-        lowest = list(map(lowest_of_last_five, histories))
-        rows.append(
-            [
-                title,
-                with_range(best_train),
-                with_range(best_test),
-                mean_and_deviation(last),
-                mean_and_deviation(lowest),
-            ]
-        )
-    published = PUBLISHED[name]
+    for title, histories in schedules.items():
+        if histories:
+            best_train = with_range([max(history.train_acc) for history in histories])
+            best_test = with_range([max(history.test_acc) for history in histories])
+            lowest = mean_and_deviation(list(map(common.lowest_of_last_epochs, histories)))
+            rows.append([title, best_train, best_test, last_test_accuracy(histories), lowest])
+    published = common.PUBLISHED[name]
     rows.append(["published", f"{published.train_acc:.2f}", f"{published.test_acc:.2f}", "", ""])
-    header = [
-        "schedule",
-        "best train accuracy",
-        "best test accuracy",
-        "test accuracy, last epoch",
-        "lowest of the last five epochs",
-    ]
-    return markdown_table(header, rows)
+    return markdown_table("schedule | train, best | test, best | test, last | min", rows)
 
 
 def seeds_table(name, runs):
     """Return the accuracy of each run of a model, trained as described; the last row is about all runs."""
     histories = runs.get((name, "described"), [])
-    rows = []
+    groups = {}
     for seed, history in enumerate(histories, 1):
-        rows.append(
-            [
-                seed,
-                f"{history.train_acc[-1]:.2f}",
-                f"{mean_of_last_five(history):.2f}",
-                f"{lowest_of_last_five(history):.2f}",
-                epoch_of_target([history]),
-            ]
-        )
+        groups[seed] = [history]
     if histories:
-        means = list(map(mean_of_last_five, histories))
-        rows.append(
-            [
-                "all",
-                mean_and_deviation([history.train_acc[-1] for history in histories]),
-                mean_and_deviation(means),
-                f"{min(map(lowest_of_last_five, histories)):.2f}",
-                epoch_of_target(histories),
-            ]
-        )
-    header = [
-        "seed",
-        "train accuracy, last epoch",
-        "test accuracy, mean of the last five epochs",
-        "lowest of the last five epochs",
-        "≥ 99.4 % from epoch",
-    ]
-    return markdown_table(header, rows)
+        groups["all"] = histories
+    rows = []
+    for seed, group in groups.items():
+        rows.append([seed, last_train_accuracy(group), *result_cells(group)])
+    return markdown_table(f"seed | train, last | {MEAN} | min | from", rows)
 
 
 def steps_table(runs):
@@ -218,17 +173,17 @@ def steps_table(runs):
     for step in STEPS:
         histories = runs.get((step.model, step.schedule), [])[:STEP_SEEDS]
         if not histories:
+            previous_mean = None
             continue
-        means = list(map(mean_of_last_five, histories))
-        mean = round(statistics.mean(means), 2)  # as shown, so that the gains agree with the means
+        mean = statistics.mean(map(common.mean_of_last_epochs, histories))
+        mean = round(mean, 2)  # as shown, so that the gains agree with the means
         gain = ""
         if previous_mean is not None:
             gain = f"{mean - previous_mean:+.2f}"
-        lowest = min(map(lowest_of_last_five, histories))
-        rows.append([step.change, mean_and_deviation(means), f"{lowest:.2f}", gain])
+        shown_mean, lowest, _ = result_cells(histories)
+        rows.append([step.change, shown_mean, lowest, gain])
         previous_mean = mean
-    header = ["step", "test accuracy, mean of the last five epochs", "lowest of the last five epochs", "gain"]
-    return markdown_table(header, rows)
+    return markdown_table(f"step | {MEAN} | min | gain", rows)
 
 
 # ---- other tables ----
@@ -245,7 +200,7 @@ def layers_table(name):
         parameters = sum(layer.parameters for layer in layers)
         mult_adds = sum(layer.mult_adds for layer in layers)
         rows.append([block, output, f"{parameters:,}", f"{mult_adds:,}", layers[-1].receptive_field])
-    return markdown_table(["block", "output", "parameters", "multiply-adds", "receptive field"], rows)
+    return markdown_table("block | output | params | mult-adds | field", rows)
 
 
 def group_by(rows, columns):
@@ -257,22 +212,39 @@ def group_by(rows, columns):
     return groups
 
 
+def numbers(rows, column):
+    """Return a column of some rows as numbers."""
+    return [float(row[column]) for row in rows]
+
+
 def search_table(rows):
     """Return the results of each configuration of the search, over its seeds."""
     lines = []
     for values, runs in group_by(rows, ["before", "after", "parameters", "changes"]).items():
         before, after, parameters, changes = values
-        mean = statistics.mean(numbers(runs, "mean_last_five"))
-        lowest = min(numbers(runs, "worst_last_five"))
-        loss = statistics.mean(numbers(runs, "loss_last_five"))
-        network = f"{before} → {after}"
-        recipe = f"`{changes}`"
-        if changes == "{}":
-            recipe = "Model4's"
-        size = f"{int(parameters):,}"
-        lines.append([network, size, recipe, len(runs), f"{mean:.3f}", f"{lowest:.2f}", f"{loss:.4f}"])
-    header = ["network", "parameters", "recipe", "seeds", "mean of the last five epochs", "lowest", "loss"]
-    return markdown_table(header, lines)
+        lines.append(
+            [
+                f"{before} → {after}",
+                f"{int(parameters):,}",
+                recipe_text(json.loads(changes)),
+                len(runs),
+                f"{statistics.mean(numbers(runs, 'mean_last_five')):.3f}",
+                f"{min(numbers(runs, 'worst_last_five')):.2f}",
+                f"{statistics.mean(numbers(runs, 'loss_last_five')):.4f}",
+            ]
+        )
+    return markdown_table("network | size | recipe | seeds | mean | min | loss", lines)
+
+
+def recipe_text(changes):
+    """Return the changes of a recipe, a nested dictionary, as text: "lr 0.07, momentum 0.9"."""
+    parts = []
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            parts.append(recipe_text(value))
+        else:
+            parts.append(f"{name} {value}".replace("_", " "))
+    return ", ".join(parts) or "base"
 
 
 def dropout_table(rows):
@@ -280,7 +252,40 @@ def dropout_table(rows):
     lines = []
     for (setting,), runs in group_by(rows, ["dropout"]).items():
         lines.append([setting, mean_and_deviation(numbers(runs, "train_acc"))])
-    return markdown_table(["active dropout", "train accuracy"], lines)
+    return markdown_table("active dropout | train accuracy", lines)
+
+
+def epoch_time_table(rows):
+    """Return the median seconds of an epoch per variant, and the ratios of this repository's.
+
+    Only epochs with all images are included.
+    """
+    lines = []
+    rows = [row for row in rows if row["images"] == "60000"]
+    for values, variants in group_by(rows, ["model", "device", "threads", "busy"]).items():
+        model, device, threads, busy = values
+        machine = f"{device}, {utils.number_of(int(threads), 'thread')}"
+        if busy == "1":
+            machine += ", busy"
+        seconds = dict.fromkeys(["DataLoader", "this repository", "compute only"], "")
+        ratios = ["", ""]
+        for row in variants:
+            seconds[row["variant"]] = f"{float(row['seconds']):.1f}"
+            if row["variant"] == "this repository":
+                ratios = [ratio_cell(row, "vs_dataloader"), ratio_cell(row, "vs_compute_only")]
+        lines.append([model, machine, *seconds.values(), *ratios])
+    header = "model | machine | DataLoader | this repository | compute only | vs. DataLoader | vs. compute"
+    return markdown_table(header, lines)
+
+
+def ratio_cell(row, column):
+    """Return the median of some ratios with their range, or an empty cell if there are none."""
+    if not row[column]:
+        return ""
+    median = float(row[column])
+    lowest = float(row[f"{column}_lowest"])
+    highest = float(row[f"{column}_highest"])
+    return f"{median:.2f} ({lowest:.2f} to {highest:.2f})"
 
 
 def columns_table(rows, hidden):
@@ -291,74 +296,7 @@ def columns_table(rows, hidden):
     lines = []
     for row in rows:
         lines.append([row[column] for column in columns])
-    header = [column.replace("_", " ") for column in columns]
-    return markdown_table(header, lines)
-
-
-def training_seconds(rows):
-    """Return a dictionary from (device, threads, model) to the seconds of each variant of an epoch."""
-    seconds = {}
-    for row in rows:
-        if row["pass"] == "train":
-            key = (row["device"], row["threads"], row["model"])
-            seconds.setdefault(key, {})[row["variant"]] = float(row["seconds"])
-    return seconds
-
-
-def epoch_time_table(rows):
-    """Return the seconds of a training epoch of each model, one column per variant."""
-    variants = {  # with the titles of their columns
-        "DataLoader, 0 workers": "DataLoader, 0 workers",
-        "this repository": "this repository",
-        "compute only": "compute only",
-        "this repository, without malloc tuning": "without malloc tuning",
-        "this repository, without channels-last": "without channels-last",
-    }
-    lines = []
-    for (device, threads, model), seconds in training_seconds(rows).items():
-        if model != PREVIOUS_MODEL4:
-            line = [model, device, threads]
-            for variant in variants:
-                cell = ""
-                if variant in seconds:
-                    cell = f"{seconds[variant]:.1f}"
-                line.append(cell)
-            lines.append(line)
-    return markdown_table(["model", "device", "threads", *variants.values()], lines)
-
-
-def networks_time_table(rows):
-    """Return the seconds of a training epoch of each model, compared with the previous Model4."""
-    training = training_seconds(rows)
-    lines = []
-    for (device, threads, model), seconds in training.items():
-        ratio = ""
-        if (device, threads, PREVIOUS_MODEL4) in training:
-            previous = training[device, threads, PREVIOUS_MODEL4]["this repository"]
-            ratio = f"{seconds['this repository'] / previous:.2f}"
-        lines.append([model, device, threads, f"{seconds['this repository']:.1f}", ratio])
-    header = ["model", "device", "threads", "seconds per epoch", "vs. previous Model4"]
-    return markdown_table(header, lines)
-
-
-def all_times_table(rows):
-    """Return all measured times."""
-    titles = {  # by column
-        "model": "model",
-        "device": "device",
-        "threads": "threads",
-        "pass": "pass",
-        "variant": "variant",
-        "seconds": "seconds",
-        "fastest": "fastest",
-        "slowest": "slowest",
-        "vs_dataloader": "vs. DataLoader",
-        "vs_compute_only": "vs. compute only",
-    }
-    lines = []
-    for row in rows:
-        lines.append([row[column] for column in titles])
-    return markdown_table(list(titles.values()), lines)
+    return markdown_table(" | ".join(columns).replace("_", " "), lines)
 
 
 # ---- pages ----
@@ -366,27 +304,29 @@ def all_times_table(rows):
 
 def create_tables():
     """Return every table as text, by name."""
-    folder = ROOT / "benchmarks"
-    runs = recorded_runs(read_rows(folder / "accuracy.csv"))
-    times = read_rows(folder / "epoch_time.csv")
+    runs = common.recorded_runs(common.read_rows(FOLDER / "accuracy.csv"))
+    times = common.read_rows(FOLDER / "epoch_time.csv")
+    own_digits = common.read_rows(FOLDER / "own_digits.csv")
+    exercises = common.read_rows(FOLDER / "exercises.csv")
+    drawing = common.read_rows(FOLDER / "drawing.csv")
     tables = {
         "overview": overview_table(runs),
         "accuracy": accuracy_table(runs),
         "steps": steps_table(runs),
-        "search": search_table(read_rows(folder / "search.csv")),
-        "dropout ablation": dropout_table(read_rows(folder / "dropout_ablation.csv")),
-        "own digits": columns_table(read_rows(folder / "own_digits.csv"), ["model", *MACHINE_COLUMNS]),
-        "drawing field": columns_table(read_rows(folder / "drawing.csv"), MACHINE_COLUMNS),
+        "search": search_table(common.read_rows(FOLDER / "search.csv")),
+        "dropout ablation": dropout_table(common.read_rows(FOLDER / "dropout_ablation.csv")),
+        "own digits": columns_table(own_digits, hidden=["model", "device", "threads", "torch"]),
+        "drawing field": columns_table(drawing, hidden=["device", "threads", "torch"]),
         "epoch time": epoch_time_table(times),
-        "epoch time of the networks": networks_time_table(times),
-        "all times": all_times_table(times),
+        "exercises": columns_table(exercises, hidden=["seed", "device", "threads", "torch"]),
+        "all times": columns_table(times, hidden=["rounds", "torch"]),
     }
-    for name in PUBLISHED:
-        tables[f"{name} schedules"] = schedules_table(name, runs)
-    for name in ("Model4", "Model5"):
-        tables[f"{name} seeds"] = seeds_table(name, runs)
     for name in MODELS:
         tables[f"{name} layers"] = layers_table(name)
+        if name in common.PUBLISHED:
+            tables[f"{name} schedules"] = schedules_table(name, runs)
+        else:
+            tables[f"{name} seeds"] = seeds_table(name, runs)
     return tables
 
 
@@ -433,9 +373,10 @@ def main():
         page = path.read_text(encoding="utf-8")
         if args.write:
             path.write_text(update_page(page, tables), encoding="utf-8", newline="")
+            continue
         for name in stale_tables(page, tables):
             problems.append(f"{path}: the table {name!r} is stale")
-    if args.check and problems:
+    if problems:
         sys.exit("\n".join([*problems, "run python benchmarks/tables.py --write"]))
 
 

@@ -1,114 +1,84 @@
 """The programs in benchmarks/: no run is repeated or lost, and what they compute is correct."""
 
-import ast
+import itertools
 import signal
+import struct
+import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import accuracy
 import common
 import dropout_ablation
 import epoch_time
+import exercises
+import own_digits
+import plots
 import pytest
 import search
+import tables
 import torch
 from conftest import ROOT
-from torch.optim.lr_scheduler import StepLR
 
 import utils
-from model import Model1, Model4, create_model
+from model import MODELS, Model1, Model5, create_model
 
-FILES = sorted((ROOT / "benchmarks").glob("*.py"))
-
-
-def imported_modules(path):
-    """Return the names of the modules that a program imports."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    return names
+SEED_1 = [97, 98.9, 99.0, 99.2, 98.8, 99.1, 99.0]  # test accuracies per epoch
+SEED_2 = [97, 99.0, 99.4, 99.1, 99.2, 99.3, 99.2]
+ABOVE_FROM_3 = [98, 99.3, 99.5, 99.4, 99.6, 99.5, 99.5]
+ABOVE_FROM_2 = [98, 99.4, 99.5, 99.7, 99.6, 99.5, 99.5]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_no_file_imports_a_benchmark_program(path):
-    programs = set()
-    for file in FILES:
-        if "__main__" in file.read_text(encoding="utf-8"):
-            programs.add(file.stem)
-    assert len(programs) >= 5
-    assert imported_modules(path) & programs == set()
-
-
-# ---- accuracy.py ----
-
-
-@pytest.fixture
-def accuracy_program(small, tmp_path, monkeypatch):
-    """Prepare `accuracy.main()` for two runs of Model1, of three epochs each."""
-    monkeypatch.setenv("S7_CHECKPOINTS", str(tmp_path / "checkpoints"))
+@pytest.fixture(autouse=True)
+def folder(small, tmp_path, monkeypatch):
+    """Give the programs stand-in digits, and a temporary folder for checkpoints and results."""
     data = (small(300), small(100, train=False))
     monkeypatch.setattr(utils, "load_data", lambda standin: data)
-    monkeypatch.setattr(accuracy, "CSV", tmp_path / "accuracy.csv")
-    monkeypatch.setattr(accuracy, "EPOCHS", 3)
-    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--seeds", "1", "--models", "Model1"])
-    return accuracy
+    monkeypatch.setenv("S7_CHECKPOINTS", str(tmp_path / "checkpoints"))
+    for program in (accuracy, dropout_ablation, epoch_time, exercises, own_digits, plots, search):
+        monkeypatch.setattr(program, "CSV", tmp_path / program.CSV.name)
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(tables, "PAGES", [tmp_path / "README.md"])
+    return tmp_path
 
 
-@pytest.fixture
-def trained_epochs(monkeypatch):
-    """Count the epochs that are trained, as the length of a list; Ctrl-C interrupts the fifth."""
-    calls = []
-    real_train = utils.train
-
-    def train(*args):
-        calls.append(args)
-        if len(calls) == 5:
-            signal.raise_signal(signal.SIGINT)
-        return real_train(*args)
-
-    monkeypatch.setattr(utils, "train", train)
-    return calls
+def run(monkeypatch, program, *arguments):
+    """Run a program in this process."""
+    monkeypatch.setattr(sys, "argv", [program.__name__, *arguments])
+    program.main()
 
 
-def test_interrupted_benchmark_resumes_without_repeating_an_epoch(accuracy_program, trained_epochs):
-    with pytest.raises(KeyboardInterrupt):
-        accuracy_program.main()
-    accuracy_program.main()
-    assert len(trained_epochs) == 3 + 1 + 1 + 2  # the first run, one epoch, the interrupted one, the rest
-    accuracy_program.main()
-    assert len(trained_epochs) == 7
+def committed_columns(name):
+    """Return the columns of a committed CSV file."""
+    return list(common.read_rows(ROOT / "benchmarks" / name)[0])
 
 
-def test_benchmark_records_each_epoch_of_each_run_once(accuracy_program, trained_epochs):
-    with pytest.raises(KeyboardInterrupt):
-        accuracy_program.main()
-    accuracy_program.main()
-    recorded = []
-    for row in common.read_rows(accuracy.CSV):
-        recorded.append((row["model"], row["schedule"], row["seed"], row["epoch"]))
-    expected = []
-    for schedule in ("described", "constant"):
-        for epoch in ("1", "2", "3"):
-            expected.append(("Model1", schedule, "1", epoch))
-    assert recorded == expected
+def history(test_acc):
+    """Return a run with the given test accuracies."""
+    return utils.History(test_acc=test_acc, train_acc=[99.5] * len(test_acc))
 
 
-def test_recorded_rows_have_the_columns_of_the_committed_file(accuracy_program):
-    accuracy_program.main()
-    rows = common.read_rows(accuracy.CSV)
-    committed = common.read_rows(ROOT / "benchmarks" / "accuracy.csv")
-    assert list(rows[0]) == list(committed[0])
-    for row in rows:
-        assert 0 <= float(row["test_acc"]) <= 100
-        assert float(row["seconds"]) > 0
+def cells(table, row):
+    """Return the cells of a row of a table in Markdown, numbered from 0 below the header."""
+    return [cell.strip() for cell in table.splitlines()[row + 2].strip("|").split("|")]
+
+
+# ---- common.py ----
+
+
+@pytest.mark.parametrize(
+    "name", ["accuracy", "search", "dropout_ablation", "epoch_time", "exercises", "own_digits"]
+)
+def test_libgomp_gets_its_spin_count_before_torch_is_imported(name):
+    source = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
+    assert source.index("import common") < source.index("import torch")
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "rows.csv"
     rows = [{"name": 'a, "b"', "value": "1"}, {"name": "σ", "value": ""}]
+    assert common.read_rows(path) == []
     common.append_rows(rows[:1], path)
     common.append_rows(rows[1:], path)
     assert common.read_rows(path) == rows
@@ -116,23 +86,14 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     assert common.read_rows(path) == rows[1:]
 
 
-def test_missing_csv_file_has_no_rows(tmp_path):
-    assert common.read_rows(tmp_path / "missing.csv") == []
-
-
-def test_model3_equals_model2_at_a_constant_rate_until_the_rate_drops(small, tmp_path):
-    """The constant-rate runs of both models are therefore recorded only once."""
-    train_set = small(300)
-    test_set = small(100, train=False)
-    constant = replace(utils.RECIPES["Model2"], scheduler_args={"step_size": 1, "gamma": 1.0})
-    histories = []
-    for name, recipe in (("Model2", constant), ("Model3", utils.RECIPES["Model3"])):
-        settings = utils.run_settings(name, "digits", 3, 1, recipe)
-        torch.manual_seed(1)
-        model = create_model(name)
-        path = tmp_path / f"{name}.pt"
-        histories.append(common.train_model(model, recipe, train_set, test_set, settings, path))
-    assert histories[0] == histories[1]
+def test_candidate_with_model4s_channels_is_model4():
+    torch.manual_seed(1)
+    expected = create_model("Model4").state_dict()
+    torch.manual_seed(1)
+    state = common.Candidate([16, 16], [32, 32, 32, 32, 40]).state_dict()
+    assert list(state) == list(expected)
+    for name, value in expected.items():
+        assert torch.equal(state[name], value)
 
 
 def accuracy_rows(model, seed, test_acc, rate=0.01):
@@ -149,29 +110,56 @@ def accuracy_rows(model, seed, test_acc, rate=0.01):
 def test_recorded_runs_are_ordered_by_seed():
     rows = accuracy_rows("Model4", 10, [3.0]) + accuracy_rows("Model4", 2, [1.0, 2.0])
     runs = common.recorded_runs(rows)["Model4", "described"]
-    assert [history.test_acc for history in runs] == [[1.0, 2.0], [3.0]]
+    assert [run.test_acc for run in runs] == [[1.0, 2.0], [3.0]]
 
 
-def test_runs_of_model3_count_as_constant_rate_runs():
-    runs = common.recorded_runs(accuracy_rows("Model3", 1, [98.0, 99.0]))
-    assert runs["Model2", "constant"] == runs["Model3", "described"]
-    assert runs["Model3", "constant"] == runs["Model3", "described"]
-
-
-def test_runs_of_model3_do_not_count_as_constant_if_one_rate_dropped():
-    rows = accuracy_rows("Model3", 1, [98.0, 99.0]) + accuracy_rows("Model3", 2, [98.0], rate=0.001)
+def test_runs_of_model3_are_constant_rate_runs_unless_a_rate_dropped():
+    rows = accuracy_rows("Model3", 1, [98.0, 99.0])
+    runs = common.recorded_runs(rows)
+    assert runs["Model2", "constant"] == runs["Model3", "constant"] == runs["Model3", "described"]
+    rows += accuracy_rows("Model3", 2, [98.0], rate=0.001)
     assert list(common.recorded_runs(rows)) == [("Model3", "described")]
 
 
+def test_model3_equals_model2_at_a_constant_rate_until_the_rate_drops(small, tmp_path):
+    """The constant-rate runs of both models are therefore recorded only once."""
+    constant = replace(utils.RECIPES["Model2"], scheduler_args=accuracy.CONSTANT_RATE)
+    histories = []
+    for name, recipe in (("Model2", constant), ("Model3", utils.RECIPES["Model3"])):
+        torch.manual_seed(1)
+        model = create_model(name)
+        path = tmp_path / f"{name}.pt"
+        histories.append(common.train_model(model, recipe, small(300), small(100), path, epochs=3))
+    assert histories[0] == histories[1]
+
+
+# ---- accuracy.py ----
+
+
+def test_interrupted_accuracy_run_is_resumed_and_recorded_once(monkeypatch):
+    trained = []
+    real_train = utils.train
+
+    def train(*args):
+        trained.append(args)
+        if len(trained) == 4:  # the second epoch of the second run
+            signal.raise_signal(signal.SIGINT)
+        return real_train(*args)
+
+    monkeypatch.setattr(utils, "train", train)
+    monkeypatch.setattr(common, "train_model", partial(common.train_model, epochs=2))
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, accuracy, "--models", "Model1", "--seeds", "1")
+    run(monkeypatch, accuracy, "--models", "Model1", "--seeds", "1")
+    run(monkeypatch, accuracy, "--models", "Model1", "--seeds", "1")
+    assert len(trained) == 5
+    rows = common.read_rows(accuracy.CSV)
+    assert list(rows[0]) == committed_columns("accuracy.csv")
+    recorded = [(row["schedule"], row["epoch"]) for row in rows]
+    assert recorded == list(itertools.product(["described", "constant"], ["1", "2"]))
+
+
 # ---- search.py ----
-
-
-def test_validation_split_divides_the_training_set():
-    numbers = torch.arange(60_000)
-    parts = search.split(utils.DigitSet("numbers", numbers, numbers))
-    assert [len(part) for part in parts] == [50_000, 10_000]
-    assert torch.equal(torch.cat([part.labels for part in parts]).sort().values, numbers)
-    assert torch.equal(parts[0].images, parts[0].labels)
 
 
 def test_validation_split_is_the_one_of_the_recorded_runs():
@@ -179,182 +167,284 @@ def test_validation_split_is_the_one_of_the_recorded_runs():
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
     train_set, validation_set = search.split(utils.DigitSet("numbers", numbers, numbers))
     assert torch.equal(train_set.labels, order[:50_000])
-    assert torch.equal(validation_set.labels, order[50_000:])
+    assert torch.equal(validation_set.images, order[50_000:])
 
 
-def model4_channels():
-    """Return the output channels of Model4's blocks before and after the pool."""
-    before = []
-    after = []
-    channels = before
-    for name, block in Model4().named_children():
-        if name == "pool":
-            channels = after
-        elif name.startswith("block"):
-            channels.append([layer for layer in block if isinstance(layer, torch.nn.Conv2d)][-1].out_channels)
-    return before, after
-
-
-def test_candidate_with_model4s_channels_is_model4():
-    before, after = model4_channels()
-    torch.manual_seed(1)
-    expected = create_model("Model4")
-    torch.manual_seed(1)
-    candidate = common.Candidate(before, after)
-    assert candidate.memory_format == expected.memory_format
-    state = candidate.state_dict()
-    assert list(state) == list(expected.state_dict())
-    for name, value in expected.state_dict().items():
-        assert torch.equal(state[name], value)
-    data = torch.randn(4, 1, 28, 28)
-    expected = expected.to(memory_format=torch.contiguous_format)
-    assert torch.equal(candidate(data), expected(data))
-
-
-@pytest.fixture
-def recipes(monkeypatch, tmp_path):
-    """Collect the recipes and networks that `search` trains, instead of training them."""
-    monkeypatch.setenv("S7_CHECKPOINTS", str(tmp_path / "checkpoints"))
-    collected = []
-
-    def train_model(model, recipe, train_set, test_set, settings, path):
-        collected.append((model, recipe))
-        values = [1.0] * settings["epochs"]
-        return utils.History(values, values, values, values, values, values)
-
-    monkeypatch.setattr(search, "train_model", train_model)
-    return collected
-
-
-def test_search_applies_the_changes_to_model4s_recipe(small, recipes):
-    changes = {"clean_epochs": 0, "scheduler_args": {"step_size": 3, "gamma": 0.5}}
-    configuration = search.Configuration([8, 8], [8, 16], changes)
-    search.train_and_describe(configuration, 1, small(10), small(10))
-    expected = replace(utils.RECIPES["Model4"], **changes)
-    assert recipes[0][1] == expected
-    assert expected.scheduler is StepLR
-
-
-def test_search_builds_the_network_of_the_configuration(small, recipes):
-    configuration = search.Configuration([8, 12], [8, 16, 24], {})
-    row = search.train_and_describe(configuration, 1, small(10), small(10))
-    model = recipes[0][0]
-    layers = [name for name, _ in model.named_children()]
-    assert layers == ["block1", "block2", "pool", "block3", "block4", "block5", "gap", "logits"]
-    assert model.logits[0].in_channels == 24
-    assert (row["before"], row["after"]) == ("8 12", "8 16 24")
-    assert row["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-
-
-def test_search_records_a_trained_configuration(small, tmp_path, monkeypatch):
-    monkeypatch.setenv("S7_CHECKPOINTS", str(tmp_path))
-    configuration = search.Configuration([8], [8], {"clean_epochs": 0})
-    row = search.train_and_describe(configuration, 1, small(200), small(100), epochs=2)
-    committed = common.read_rows(ROOT / "benchmarks" / "search.csv")
-    assert list(row) == list(committed[0])
-    assert row["changes"] == '{"clean_epochs": 0}'
-    assert len(row["val_acc_by_epoch"].split()) == 2
-
-
-def test_search_trains_what_is_missing(small, recipes, tmp_path, monkeypatch):
-    configuration = search.Configuration([8], [8], {"clean_epochs": 0}, seeds=(1, 2))
-    train_set = utils.DigitSet("digits", torch.zeros(60_000), torch.zeros(60_000))
-    monkeypatch.setattr(utils, "load_data", lambda standin: (train_set, None))
-    monkeypatch.setattr(search, "CSV", tmp_path / "search.csv")
-    monkeypatch.setattr(search, "CONFIGURATIONS", [configuration])
-    search.main()
-    search.main()
-    assert len(recipes) == 2
-    assert [row["seed"] for row in common.read_rows(search.CSV)] == ["1", "2"]
+def test_search_applies_the_changes_to_the_base_recipe():
+    recipe = search.changed_recipe({"clean_epochs": 8, "augmentation": {"degrees": 7, "scale": 0.04}})
+    assert (recipe.clean_epochs, recipe.sgd) == (8, search.BASE.sgd)
+    assert recipe.augmentation.func is utils.random_affine
+    assert recipe.augmentation.keywords == {"degrees": 7, "scale": 0.04}
+    assert search.changed_recipe({}).clean_epochs == 5  # as in the recorded rows
 
 
 def test_every_recorded_configuration_can_be_run_again():
-    """The rows of search.csv are those of the list in the program."""
     known = []
     for configuration in search.CONFIGURATIONS:
         for seed in configuration.seeds:
             known.append(search.identity(configuration, seed))
-    for row in common.read_rows(search.CSV):
-        columns = {name: row[name] for name in ("before", "after", "changes", "seed")}
-        assert columns in known
+    for row in common.read_rows(ROOT / "benchmarks" / "search.csv"):
+        assert {name: row[name] for name in ("before", "after", "changes", "seed")} in known
+
+
+def test_search_trains_and_records_what_is_missing(monkeypatch):
+    changes = {"augmentation": {"degrees": 7, "shift": 0.04, "scale": 0.04}}
+    configuration = search.Configuration([8], [8, 12], changes, seeds=(1, 2))
+    monkeypatch.setattr(search, "CONFIGURATIONS", [configuration])
+    monkeypatch.setattr(search, "IMAGES", 300)
+    monkeypatch.setattr(search, "TRAIN_IMAGES", 200)
+    run(monkeypatch, search)
+    rows = common.read_rows(search.CSV)
+    assert list(rows[0]) == committed_columns("search.csv")
+    recorded = [(row["before"], row["after"], row["seed"]) for row in rows]
+    assert recorded == [("8", "8 12", "1"), ("8", "8 12", "2")]
+    assert len(rows[0]["val_acc_by_epoch"].split()) == common.EPOCHS
+    monkeypatch.setattr(common, "train_model", None)  # would fail if it were called
+    run(monkeypatch, search)
 
 
 # ---- dropout_ablation.py ----
 
 
-@pytest.mark.parametrize(
-    ("setting", "active"),
-    [
-        pytest.param("no dropout", "", id="none"),
-        pytest.param("dropout in blocks 1 to 6", "12456", id="all but the last"),
-        pytest.param("dropout in block 7, on the logits", "7", id="last"),
-        pytest.param("all dropout, as in training", "124567", id="all"),
-    ],
-)
-def test_dropout_is_active_in_the_chosen_blocks_only(setting, active):
+def test_dropout_is_active_in_the_chosen_block_only():
     model = Model1().train()
-    dropout_ablation.activate_dropout(model, dropout_ablation.SETTINGS[setting])
-    in_training_mode = []
-    for name, layer in model.named_modules():
-        if layer.training:
-            assert isinstance(layer, torch.nn.Dropout)
-            in_training_mode.append(name.split(".")[0])
-    assert in_training_mode == [f"convblock{number}" for number in active]
+    dropout_ablation.activate_dropout(model, dropout_ablation.LAST_BLOCK)
+    active = [name for name, layer in model.named_modules() if layer.training]
+    assert active == ["convblock7.3"]
 
 
-def test_accuracy_without_dropout_is_that_of_the_test_function(small, capsys):
-    model = create_model("Model1").eval()
+def test_dropout_ablation_evaluates_the_recorded_networks(small, monkeypatch):
+    monkeypatch.setattr(common, "SEEDS", (1,))
+    model = create_model("Model1")
+    path = common.checkpoint_path("accuracy-Model1-described-1")
+    common.train_model(model, utils.RECIPES["Model1"], small(300), small(100), path, epochs=1)
+    run(monkeypatch, dropout_ablation)
+    rows = common.read_rows(dropout_ablation.CSV)
+    assert list(rows[0]) == committed_columns("dropout_ablation.csv")
+    assert [row["dropout"] for row in rows] == list(dropout_ablation.SETTINGS)
     loader = utils.BatchLoader(small(300), 100, "cpu")
-    measured = dropout_ablation.measure_accuracy(model, loader)
     _, expected = utils.test(model, "cpu", loader, torch.nn.functional.nll_loss)
-    assert measured == expected
+    assert float(rows[0]["train_acc"]) == pytest.approx(expected, abs=1e-3)
+
+
+# ---- exercises.py and own_digits.py ----
+
+
+def test_exercises_are_measured_once(monkeypatch):
+    monkeypatch.setattr(exercises, "measure", partial(exercises.measure, epochs=1))
+    for _ in range(2):
+        run(monkeypatch, exercises)
+    variants = [row["variant"] for row in common.read_rows(exercises.CSV)]
+    assert variants == [exercises.PER_BATCH, exercises.PER_EPOCH, exercises.ADAMW]
+
+
+def test_own_digits_has_a_row_for_every_kind_of_picture(small, monkeypatch):
+    path = common.checkpoint_path("run")
+    model = create_model("Model3")
+    common.train_model(model, utils.RECIPES["Model3"], small(300), small(100), path, epochs=1)
+    run(monkeypatch, own_digits, str(path), "--images", "1")
+    rows = common.read_rows(own_digits.CSV)
+    assert [row["pictures"] for row in rows] == list(own_digits.KINDS)
+    for row in rows:
+        assert row["model"] == "Model3"
+        assert float(row["accuracy"]) in (0, 100)
 
 
 # ---- epoch_time.py ----
 
+
+@pytest.fixture
+def mnist_files(small, folder):
+    """Write stand-in digits in MNIST's format, which the DataLoader variant reads with torchvision."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, dataset in (("train", small(300)), ("t10k", small(100, train=False))):
+        images = struct.pack(">4i", 0x803, len(dataset), 28, 28) + dataset.images.numpy().tobytes()
+        labels = struct.pack(">2i", 0x801, len(dataset)) + dataset.labels.byte().numpy().tobytes()
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+
+
+def test_epoch_times_are_measured_idle_and_beside_a_busy_process(mnist_files, monkeypatch):
+    started = []
+
+    class Process(subprocess.Popen):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    options = ["--models", "Model4", "--threads", "1", "--rounds", "1"]
+    run(monkeypatch, epoch_time, *options, "--tenth")
+    run(monkeypatch, epoch_time, *options)
+    assert started == []
+    run(monkeypatch, epoch_time, *options, "--busy")
+    assert started[0].returncode is not None
+    rows = common.read_rows(epoch_time.CSV)
+    assert [row["busy"] for row in rows] == ["0"] * 6 + ["1"] * 2
+    assert [row["images"] for row in rows] == ["30"] * 3 + ["300"] * 5
+    for row in rows:
+        assert float(row["seconds"]) > 0
+        assert float(row["vs_dataloader"]) > 0
+        assert (row["vs_compute_only"] == "") == (row["busy"] == "1")
+
+
 SECONDS = {
-    epoch_time.Variant("Model3", "train", "DataLoader, 0 workers"): [4.0, 9.0, 5.0],
-    epoch_time.Variant("Model3", "train", "this repository"): [3.0, 1.0, 2.0],
-    epoch_time.Variant("Model3", "train", "compute only"): [1.0, 1.0, 1.6],
+    ("Model3", "DataLoader"): [4.0, 9.0, 5.0],
+    ("Model3", "this repository"): [3.0, 1.0, 2.0],
+    ("Model3", "compute only"): [1.0, 1.0, 1.6],
 }
 
 
-def test_epoch_times_are_medians_with_ratios():
-    row = epoch_time.summarize(SECONDS, "cpu")[1]
-    assert row["variant"] == "this repository"
-    assert row["rounds"] == 3
+def test_epoch_times_are_compared_round_by_round():
+    """The ratios are 0.75, 0.111 and 0.4, and 3, 1 and 1.25."""
+    row = epoch_time.summarize(SECONDS, busy=False, device="cpu")[1]
     assert (row["seconds"], row["fastest"], row["slowest"]) == ("2.000", "1.000", "3.000")
-    assert (row["vs_dataloader"], row["vs_compute_only"]) == ("0.400", "2.000")
+    ratios = [row[column] for column in row if column.startswith("vs_")]
+    assert ratios == ["0.400", "0.111", "0.750", "1.250", "1.000", "3.000"]
 
 
-def test_epoch_time_without_a_baseline_has_no_ratio():
-    previous = epoch_time.Variant(epoch_time.PREVIOUS_MODEL4, "train", "this repository")
-    row = epoch_time.summarize({**SECONDS, previous: [2.0, 4.0, 3.0]}, "cpu")[-1]
-    assert row["seconds"] == "3.000"
-    assert row["vs_dataloader"] == ""
-    assert row["vs_compute_only"] == ""
+def test_every_round_measures_every_variant_in_another_order(monkeypatch):
+    measured = []
+
+    def measure(name, variant, train_set, device):
+        measured.append(variant)
+        return 1.0
+
+    monkeypatch.setattr(epoch_time, "measure", measure)
+    seconds = epoch_time.measure_rounds(["Model3"], ["a", "b", "c"], 5, [0] * 10, "cpu")
+    assert seconds == {("Model3", variant): [1.0] * 5 for variant in "abc"}
+    orders = {tuple(measured[i : i + 3]) for i in range(3, 18, 3)}  # the first three are the warm-up
+    assert len(orders) == 5
 
 
-def test_epoch_times_have_the_columns_of_the_committed_file():
-    committed = common.read_rows(epoch_time.CSV)
-    assert list(epoch_time.summarize(SECONDS, "cpu")[0]) == list(committed[0])
+def test_epoch_times_replace_those_of_the_same_situation():
+    idle = epoch_time.summarize(SECONDS, busy=False, device="cpu")
+    busy = epoch_time.summarize(SECONDS, busy=True, device="cpu")
+    epoch_time.save(busy)
+    epoch_time.save([{**row, "seconds": "100"} for row in idle])
+    epoch_time.save(idle)
+    rows = common.read_rows(epoch_time.CSV)
+    assert [row["busy"] for row in rows] == ["1"] * 3 + ["0"] * 3
+    assert [row["seconds"] for row in rows] == ["5.000", "2.000", "1.000"] * 2
 
 
-def test_epoch_times_replace_those_of_the_same_model_and_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(epoch_time, "CSV", tmp_path / "epoch_time.csv")
-    rows = epoch_time.summarize(SECONDS, "cpu")
-    others = []
-    for row in rows:
-        others.append({**row, "threads": 7})
-        others.append({**row, "model": "Model2"})
-    common.write_rows(others + [{**row, "seconds": "100"} for row in rows], epoch_time.CSV)
-    epoch_time.save(rows)
-    saved = common.read_rows(epoch_time.CSV)
-    assert len(saved) == 3 * len(rows)
-    assert "100" not in [row["seconds"] for row in saved]
+# ---- plots.py ----
 
 
-def test_only_models_in_another_memory_format_are_measured_without_it():
-    contiguous = epoch_time.Variant("Model4", "train", epoch_time.CONTIGUOUS)
-    assert epoch_time.list_variants("Model4", "cpu").count(contiguous) == 1
-    assert contiguous._replace(model="Model3") not in epoch_time.list_variants("Model3", "cpu")
+def test_plots_show_the_models_that_are_recorded(figures, monkeypatch):
+    rows = accuracy_rows("Model3", 1, SEED_1) + accuracy_rows("Model3", 2, SEED_2)
+    rows += accuracy_rows("Model1", 1, SEED_1)
+    common.write_rows(rows, plots.CSV)
+    run(monkeypatch, plots)
+    assert [len(shown.figure.axes) for shown in figures] == [1, 1, 1]
+    curves = figures[1].figure.axes[0]
+    assert curves.get_title() == "Model3"
+    assert list(curves.lines[-1].get_ydata()) == pytest.approx([97, 98.95, 99.2, 99.15, 99.0, 99.2, 99.1])
+    labels = [text.get_text() for text in figures[2].figure.axes[0].texts]
+    assert labels == ["Model1: 99.02 %", "Model3: 99.13 %"]
+
+
+# ---- tables.py ----
+
+
+def test_what_is_not_recorded_is_left_out(monkeypatch):
+    """There are no other CSV files, and a network was added but not trained yet."""
+    monkeypatch.setitem(MODELS, "Model6", Model5)
+    common.write_rows(accuracy_rows("Model4", 1, SEED_1), accuracy.CSV)
+    current = tables.create_tables()
+    assert len(current["overview"].splitlines()) == 3
+    assert cells(current["overview"], 0)[0] == "Model4"
+    assert len(current["search"].splitlines()) == 2
+    assert cells(current["Model1 schedules"], 0)[0] == "published"
+
+
+def test_page_is_checked_and_updated(folder, monkeypatch):
+    page = folder / "README.md"
+    page.write_text("# Title\n\n<!-- table: steps -->\n<!-- /table -->\n\nEnd.\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="the table 'steps' is stale"):
+        run(monkeypatch, tables, "--check")
+    run(monkeypatch, tables, "--write")
+    run(monkeypatch, tables, "--check")
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# Title\n\n<!-- table: steps -->\n\n| step |")
+    assert text.endswith("|\n\n<!-- /table -->\n\nEnd.\n")
+
+
+def test_overview_has_hand_computed_values():
+    """The first epoch with at least 99.4 % from there on is 3 and 2: the later one is reported."""
+    runs = {
+        ("Model1", "described"): [history(ABOVE_FROM_3), history(ABOVE_FROM_2)],
+        ("Model2", "described"): [history(SEED_1), history(ABOVE_FROM_3)],
+    }
+    table = tables.overview_table(runs)
+    assert cells(table, 0) == ["Model1", "4,312", "99.53 ± 0.04", "99.40", "3"]
+    assert cells(table, 1)[3:] == ["98.80", "never"]
+
+
+def test_schedules_that_are_the_same_runs_share_a_row():
+    """Best 99.2 and 99.4, last 99.0 and 99.2, lowest of the last five 98.8 and 99.1."""
+    histories = [history(SEED_1), history(SEED_2)]
+    runs = {("Model3", "described"): histories, ("Model3", "constant"): histories}
+    table = tables.schedules_table("Model3", runs)
+    expected = [
+        "99.50 ± 0.00 (99.50 to 99.50)",
+        "99.30 ± 0.14 (99.20 to 99.40)",
+        "99.10 ± 0.14",
+        "98.95 ± 0.21",
+    ]
+    assert cells(table, 0) == ["constant, 0.01 = as described", *expected]
+    assert cells(table, 1) == ["published", "99.50", "99.28", "", ""]
+    runs["Model3", "constant"] = histories[:1]
+    table = tables.schedules_table("Model3", runs)
+    assert [cells(table, row)[0] for row in (0, 1)] == ["constant, 0.01", "as described"]
+
+
+def test_seeds_table_has_hand_computed_values():
+    runs = {("Model4", "described"): [history(ABOVE_FROM_3), history(ABOVE_FROM_2)]}
+    table = tables.seeds_table("Model4", runs)
+    assert cells(table, 0) == ["1", "99.50", "99.50", "99.40", "3"]
+    assert cells(table, 1) == ["2", "99.50", "99.56", "99.50", "2"]
+    assert cells(table, 2) == ["all", "99.50 ± 0.00", "99.53 ± 0.04", "99.40", "3"]
+
+
+def test_steps_table_has_hand_computed_gains():
+    """The means of the last five epochs are 99.02, 99.24 and 99.50; no gain skips a missing step."""
+    runs = {
+        ("Model1", "described"): [history(SEED_1)],
+        ("Model2", "described"): [history(SEED_2)],
+        ("Model4", "described"): [history(ABOVE_FROM_3)],
+    }
+    table = tables.steps_table(runs)
+    assert cells(table, 0)[1:] == ["99.02", "98.80", ""]
+    assert cells(table, 1)[1:] == ["99.24", "99.10", "+0.22"]
+    assert cells(table, 2)[1:] == ["99.50", "99.40", ""]
+
+
+def test_search_table_has_hand_computed_values():
+    changes = '{"batch_size": 64, "sgd": {"lr": 0.07, "nesterov": true}}'
+    row = {"before": "8 8", "after": "16", "changes": changes, "parameters": "1234"}
+    rows = [
+        {**row, "mean_last_five": "99.1", "worst_last_five": "98.9", "loss_last_five": "0.02"},
+        {**row, "mean_last_five": "99.2", "worst_last_five": "99.0", "loss_last_five": "0.03"},
+    ]
+    recipe = "batch size 64, lr 0.07, nesterov True"
+    expected = ["8 8 → 16", "1,234", recipe, "2", "99.150", "98.90", "0.0250"]
+    assert cells(tables.search_table(rows), 0) == expected
+    assert tables.recipe_text({}) == "base"
+
+
+def test_layers_table_sums_the_parameters_of_a_block():
+    table = tables.layers_table("Model2")
+    assert cells(table, 5) == ["convblock5", "16×8×8", "1,472", "92,192", "14"]  # 10·9·16 + 32
+    assert len(table.splitlines()) == 2 + 10
+
+
+def test_epoch_time_table_has_the_ratios_of_this_repository():
+    rows = epoch_time.summarize(SECONDS, busy=False, device="cpu")
+    rows += epoch_time.summarize({("Model3", "this repository"): [2.5]}, busy=True, device="cpu")
+    common.write_rows(rows, epoch_time.CSV)
+    table = tables.create_tables()["epoch time"]
+    ratios = ["0.40 (0.11 to 0.75)", "1.25 (1.00 to 3.00)"]
+    assert cells(table, 0) == ["Model3", "CPU, 1 thread", "5.0", "2.0", "1.0", *ratios]
+    assert cells(table, 1) == ["Model3", "CPU, 1 thread, busy", "", "2.5", "", "", ""]

@@ -1,0 +1,89 @@
+"""Measure the answers to two exercises of the notebook: another optimizer, and a per-batch schedule.
+
+    python benchmarks/exercises.py
+
+Each run trains Model4 with seed 1, with its recipe except for the optimizer or the scheduler, and is
+appended to `exercises.csv` when it is complete. The stand-in digits show what a wrong schedule does.
+"""
+
+import common
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
+
+import utils
+from model import create_model
+
+CSV = common.ROOT / "benchmarks" / "exercises.csv"
+SEED = 1
+ADAMW = "AdamW"
+PER_BATCH = "OneCycleLR, stepped per batch"
+PER_EPOCH = "OneCycleLR made for batches, stepped per epoch"
+
+
+def train_variant(variant, train_set, test_set, path, epochs=common.EPOCHS):
+    """Train Model4 with one change, as the exercise says; return the `History`."""
+    recipe = utils.RECIPES["Model4"]
+    torch.manual_seed(SEED)
+    model = create_model("Model4")
+    train_loader = utils.BatchLoader(
+        train_set,
+        recipe.batch_size,
+        "cpu",
+        shuffle=True,
+        augmentation=recipe.augmentation,
+        augmented_epochs=epochs - recipe.clean_epochs,
+    )
+    test_loader = utils.BatchLoader(test_set, recipe.batch_size, "cpu")
+    if variant == ADAMW:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        scheduler = StepLR(optimizer, **recipe.scheduler_args)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
+        scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=epochs * len(train_loader))
+    if variant == PER_BATCH:
+        optimizer.register_step_post_hook(lambda *args: scheduler.step())
+    run = utils.Run(
+        path, model, optimizer, scheduler, train_loader, F.nll_loss, epochs=epochs, seed=SEED, resume=True
+    )
+    for epoch in run.remaining_epochs():
+        train_loader.set_epoch(epoch)
+        train_loss, train_acc = utils.train(model, "cpu", train_loader, optimizer, F.nll_loss)
+        test_loss, test_acc = utils.test(model, "cpu", test_loader, F.nll_loss)
+        if variant != PER_BATCH:
+            scheduler.step()
+        run.record(train_loss, train_acc, test_loss, test_acc)
+    return run.history
+
+
+def measure(variant, train_set, test_set, epochs=common.EPOCHS):
+    """Train one variant; return its row of exercises.csv."""
+    path = common.checkpoint_path(f"exercises-{variant}-{train_set.name}".replace(" ", "-"))
+    history = train_variant(variant, train_set, test_set, path, epochs)
+    return {
+        "variant": variant,
+        "data": train_set.name,
+        "seed": SEED,
+        "epochs": history.completed,
+        "mean_last_five": round(common.mean_of_last_epochs(history), 3),
+        "lowest_last_five": common.lowest_of_last_epochs(history),
+        "last": history.test_acc[-1],
+        **common.machine_columns("cpu"),
+    }
+
+
+def main():
+    mnist = utils.load_data(standin=False)
+    standin = (utils.draw_standin(train=True), utils.draw_standin(train=False))
+    recorded = {(row["variant"], row["data"]) for row in common.read_rows(CSV)}
+    for variant, data in (
+        (PER_BATCH, standin),
+        (PER_EPOCH, standin),
+        (ADAMW, mnist),
+    ):
+        if (variant, data[0].name) not in recorded:
+            common.append_rows([measure(variant, *data)], CSV)
+
+
+if __name__ == "__main__":
+    main()

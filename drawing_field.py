@@ -1,0 +1,234 @@
+"""The drawing field: a trained network in a page, which recognizes digits as they are drawn.
+
+`drawing_field` exports the layers of a network as numbers; `draw.html` draws the field and applies them. To
+support another layer type, add its exporter to `EXPORTERS` and, if it is computed differently, its function
+to `LAYERS` in `draw.html`.
+"""
+
+import base64
+import copy
+import html
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import MEAN, STD
+
+PAGE = Path(__file__).with_name("draw.html")
+TEXT = (
+    "Drawing field: to draw a digit for the network to recognize, run this notebook in Jupyter, VS Code or "
+    "Colab, or create S7.html with the command in README.md."
+)
+# Sanitizers escape the tags that they do not know, as nbconvert does, or remove them and keep the text. Both
+# keep the text of <i> and drop its attributes. A notebook may insert the output later, when scripts no longer
+# run by themselves; an image without a source reports an error in every case.
+OUTPUT = (
+    '<i class="drawing-field" data-network="{network}" data-markup="{markup}" data-program="{program}"'
+    ' onload="{loader}">{text}</i><img alt="" src="" onerror="this.previousSibling.onload()">'
+)
+# In a handler itself the program would be many times slower: it looks for every name in the element first.
+LOADER = """
+const script = document.createElement("script");
+script.text = `(function () {${this.dataset.program}}).call(document.currentScript.nextSibling)`;
+this.before(script);
+script.remove();
+"""
+
+
+class DrawingField:
+    """The drawing field, displayed as HTML in a notebook and as a sentence elsewhere."""
+
+    def __init__(self, html):
+        self.html = html
+
+    def _repr_html_(self):
+        return self.html
+
+    def __repr__(self):
+        return TEXT
+
+
+def drawing_field(model, description):
+    """Return a `DrawingField` for a network, which a notebook displays.
+
+    `model` maps images `(B, 1, 28, 28)` to scores `(B, 10)`, log-probabilities for example. It is not
+    changed, and may be on any device. The page needs no kernel, no server and no network connection: the
+    program of `draw.html` and the weights are embedded. `description` is shown under the field.
+
+    Raise ValueError if `draw.html` cannot compute a layer, which is named, or if the model does not apply
+    its layers in the order of their definition.
+    """
+    model = copy.deepcopy(model).cpu().double().eval()  # first to the CPU: MPS has no float64
+    layers = export_layers(model)
+    if not applies_layers_in_order(model):
+        raise ValueError("draw.html applies the layers in the order of their definition; this model does not")
+    network = {"description": description, "mean": MEAN, "std": STD, "layers": layers}
+    markup, _, script = PAGE.read_text(encoding="utf-8").partition("<script>")
+    program = script.partition("</script>")[0]
+    return DrawingField(
+        OUTPUT.format(
+            network=html.escape(json.dumps(network)),
+            markup=html.escape(markup),
+            text=html.escape(TEXT),
+            program=html.escape(program),
+            loader=html.escape(LOADER),
+        )
+    )
+
+
+def export_layers(model):
+    """Return the layers of a model in evaluation mode, in their order, as dictionaries for `draw.html`.
+
+    Dropout and identity are left out, and a BatchNorm directly after a convolution becomes part of it.
+    Raise ValueError, naming the layer, if `draw.html` cannot compute one.
+    """
+    layers = []
+    for name, layer in innermost_layers(model):
+        if type(layer) not in EXPORTERS:
+            raise ValueError(f"draw.html cannot compute the layer {name}, {layer}: add it to EXPORTERS")
+        exported = EXPORTERS[type(layer)](name, layer)
+        if exported is None:
+            continue
+        if isinstance(layer, nn.BatchNorm2d) and layers and layers[-1]["kind"] == "conv":
+            fold(exported, layers[-1])
+        else:
+            layers.append(exported)
+    for layer in layers:
+        if layer["kind"] == "conv":
+            layer["weight"] = encode(layer["weight"])
+            layer["bias"] = encode(layer["bias"])
+    return layers
+
+
+def innermost_layers(model):
+    """Return the layers of a model that contain no others, in the order of their definition, with names."""
+    layers = []
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not list(layer.children()):
+            layers.append((name, layer))
+    return layers
+
+
+@torch.no_grad()
+def applies_layers_in_order(model):
+    """Return whether a model only applies its layers one after the other, as `draw.html` does.
+
+    A network with a skip connection or with a pool in its `forward` would be computed incorrectly.
+    """
+    data = torch.linspace(0, 1, 28 * 28, dtype=torch.float64)  # no random numbers: the state stays as it is
+    data = data.reshape(1, 1, 28, 28)
+    expected = F.log_softmax(model(data), dim=1)
+    try:
+        for _, layer in innermost_layers(model):
+            data = layer(data)
+    except RuntimeError:  # the shape does not fit
+        return False
+    output = F.log_softmax(data.flatten(1), dim=1)
+    return output.shape == expected.shape and torch.allclose(output, expected, atol=1e-6)
+
+
+# ---- layers ----
+
+
+def check(name, layer, **required):
+    """Raise ValueError unless the options of a layer have the required values."""
+    for option, value in required.items():
+        if side(getattr(layer, option)) != value:
+            raise ValueError(f"draw.html cannot compute the {option} of the layer {name}, {layer}")
+
+
+def check_square(name, layer, option):
+    """Return an option such as the kernel size as one number; raise ValueError if there are two."""
+    value = side(getattr(layer, option))
+    if not isinstance(value, int):
+        raise ValueError(f"draw.html cannot compute the {option} of the layer {name}, {layer}")
+    return value
+
+
+def side(value):
+    """Return a pair of equal values, such as a kernel's height and width, as one value."""
+    if isinstance(value, tuple) and len(set(value)) == 1:
+        return value[0]
+    return value
+
+
+def export_conv(name, layer):
+    check(name, layer, stride=1, dilation=1, padding_mode="zeros")
+    bias = layer.bias
+    if bias is None:
+        bias = layer.weight.new_zeros(layer.out_channels)
+    return {
+        "kind": "conv",
+        "kernel": check_square(name, layer, "kernel_size"),
+        "padding": check_square(name, layer, "padding"),
+        "groups": layer.groups,
+        "weight": layer.weight.detach(),
+        "bias": bias.detach(),
+    }
+
+
+def export_batch_norm(name, layer):
+    """Return a BatchNorm as the 1×1 convolution, of each channel by itself, that it is in evaluation."""
+    check(name, layer, affine=True, track_running_stats=True)
+    scale = layer.weight / torch.sqrt(layer.running_var + layer.eps)
+    shift = layer.bias - layer.running_mean * scale
+    return {
+        "kind": "conv",
+        "kernel": 1,
+        "padding": 0,
+        "groups": layer.num_features,
+        "weight": scale.detach().reshape(-1, 1, 1, 1),
+        "bias": shift.detach(),
+    }
+
+
+def export_relu(name, layer):
+    return {"kind": "relu"}
+
+
+def export_max_pool(name, layer):
+    size = check_square(name, layer, "kernel_size")
+    check(name, layer, stride=size, padding=0, dilation=1, ceil_mode=False, return_indices=False)
+    return {"kind": "maxpool", "size": size}
+
+
+def export_avg_pool(name, layer):
+    size = check_square(name, layer, "kernel_size")
+    check(name, layer, stride=size, padding=0, ceil_mode=False, divisor_override=None)
+    return {"kind": "avgpool", "size": size}
+
+
+def export_global_avg_pool(name, layer):
+    check(name, layer, output_size=1)
+    return {"kind": "avgpool", "size": None}  # of the whole image
+
+
+def leave_out(name, layer):
+    return None
+
+
+EXPORTERS = {
+    nn.Conv2d: export_conv,
+    nn.BatchNorm2d: export_batch_norm,
+    nn.ReLU: export_relu,
+    nn.MaxPool2d: export_max_pool,
+    nn.AvgPool2d: export_avg_pool,
+    nn.AdaptiveAvgPool2d: export_global_avg_pool,
+    nn.Dropout: leave_out,
+    nn.Identity: leave_out,
+}
+
+
+def fold(norm, conv):
+    """Make an exported BatchNorm part of the exported convolution before it, which is exact."""
+    conv["weight"] = conv["weight"] * norm["weight"]
+    conv["bias"] = conv["bias"] * norm["weight"].flatten() + norm["bias"]
+
+
+def encode(tensor):
+    """Return the numbers of a tensor as text: float32, little-endian, in base64."""
+    numbers = tensor.numpy().astype("<f4")
+    return base64.b64encode(numbers.tobytes()).decode()
