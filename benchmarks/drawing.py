@@ -18,18 +18,17 @@ import shutil
 import statistics
 import sys
 
+import common
 import torch
 import torch.nn.functional as F
-from common import ROOT, machine_columns, write_rows
 from playwright.sync_api import sync_playwright
 
 import utils
 from drawing_field import drawing_field
-from model import create_model
 
 IMAGES = 500
-CSV = ROOT / "benchmarks" / "drawing.csv"
-SCREENSHOT = ROOT / "images" / "drawing.png"
+CSV = common.ROOT / "benchmarks" / "drawing.csv"
+SCREENSHOT = common.ROOT / "images" / "drawing.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 OPTIONS = (
     "--no-sandbox",
@@ -150,28 +149,18 @@ def draw_screenshot(browser, model, description, path):
     page.close()
 
 
-def load_model(path):
-    """Return the trained network of a checkpoint, its name, and its last test accuracy in percent."""
-    state = utils.read_checkpoint(path)
-    name = state["settings"]["model"]
-    model = create_model(name)
-    model.load_state_dict(state["model"])
-    return model, name, state["history"]["test_acc"][-1]
-
-
 def main(paths, test_set, csv=CSV, screenshot=SCREENSHOT):
     """Measure the checkpoints at `paths`, and write the CSV file and the screenshot."""
     rows = []
     with running_browser() as browser:
         for path in paths:
-            model, name, test_acc = load_model(path)
-            row = {**measure(browser, model, name, test_set), **machine_columns("cpu")}
+            name, model = common.load_model(path)
+            row = {**measure(browser, model, name, test_set), **common.machine_columns("cpu")}
             print(row)
             rows.append(row)
             if path == paths[0]:
-                description = f"{name} on MNIST: test accuracy {test_acc:.2f} %"
-                draw_screenshot(browser, model, description, screenshot)
-    write_rows(rows, csv)
+                draw_screenshot(browser, model, f"{name} on MNIST", screenshot)
+    common.write_rows(rows, csv)
 
 
 if __name__ == "__main__":
