@@ -31,6 +31,7 @@ THRESHOLDS = (0.08, 0.12, 0.17, 0.23, 0.31, 0.42, 0.56)  # tried in this order, 
 NOISE_FACTOR = 4.5  # ink exceeds the noise by at least this many standard deviations
 MIN_THRESHOLD = 0.02
 EDGE_REACH = 0.01  # within which an outline's contrast is measured, as a share of the longest side
+SOFT_EDGE_REACH = 0.03  # the same for digits that fill the picture, which may have been enlarged
 MIN_EDGE = 0.22  # contrast that an outline needs, as a share of the component's darkest ink
 CROP_THRESHOLD = 0.3  # share of the darkest ink at which the digit is cropped, as in draw.html
 
@@ -404,11 +405,13 @@ def find_candidates(ink, fills_picture=False):
     if noise > 0.01:
         smoothed = smooth(ink)
         noise = max(estimate_noise(smoothed), 0.4 * noise)
-    reach = max(1, round(EDGE_REACH * max(ink.shape)))
-    contrast = dilate(smoothed, reach) - erode(smoothed, reach)
+    edge_reach = EDGE_REACH
     max_touching = MAX_TOUCHING
     if fills_picture:
+        edge_reach = SOFT_EDGE_REACH
         max_touching = 0.8
+    reach = max(1, round(edge_reach * max(ink.shape)))
+    contrast = dilate(smoothed, reach) - erode(smoothed, reach)
     candidates = []
     boxes = []
     for share in THRESHOLDS:

@@ -76,13 +76,13 @@ def main():
     mnist = utils.load_data(standin=False)
     standin = (utils.draw_standin(train=True), utils.draw_standin(train=False))
     recorded = {(row["variant"], row["data"]) for row in common.read_rows(CSV)}
-    for variant, data in (
-        (PER_BATCH, standin),
-        (PER_EPOCH, standin),
-        (ADAMW, mnist),
+    for variant, data, epochs in (
+        (PER_BATCH, standin, 2),
+        (PER_EPOCH, standin, 2),
+        (ADAMW, mnist, common.EPOCHS),
     ):
         if (variant, data[0].name) not in recorded:
-            common.append_rows([measure(variant, *data)], CSV)
+            common.append_rows([measure(variant, *data, epochs)], CSV)
 
 
 if __name__ == "__main__":

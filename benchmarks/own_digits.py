@@ -526,7 +526,7 @@ def measure(model, name, test_set, count):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="of a full run")
-    parser.add_argument("--images", type=int, default=200, help="per kind of picture (default %(default)s)")
+    parser.add_argument("--images", type=int, default=100, help="per kind of picture (default %(default)s)")
     args = parser.parse_args()
     name, model = common.load_model(args.checkpoint)
     _, test_set = utils.load_data(standin=False)
