@@ -436,6 +436,7 @@ def find_candidates(ink, fills_picture=False):
             height, width = ink.shape
             is_filling = components.height[main] > FILLING_EXTENT * height
             is_filling |= components.width[main] > FILLING_EXTENT * width
+            is_filling &= components.touching[main] > 0  # otherwise it is the paper inside a printed box
             if not is_filling:
                 continue
         is_large, is_selected = select_strokes(components, main, is_frame)
