@@ -44,6 +44,7 @@ SLIM = 0.6  # width over height
 FRAMED_HEIGHT = 0.3  # height of what a frame encloses, as a share of the frame's
 MAX_TOUCHING = 0.6  # pixels on the picture's border over height plus width; more is a table's edge
 BORDER_MALUS = 0.25  # factor on the energy of a candidate that touches the picture's border
+FILLING_MALUS = 0.5  # the same for one that fills the picture, which may be a shadow around the digit
 FILLING_EXTENT = 0.9  # height or width of a digit that fills the picture, as a share of the picture's
 MAX_GROWTH = 2.5  # of a digit by parts that are fainter and cut by the picture's border
 
@@ -95,7 +96,8 @@ class Candidate(NamedTuple):
     def score(self):
         if self.fills_picture:  # the background between the strokes covers more of the border than a digit
             perimeter = 2 * sum(self.ink.shape)
-            return self.energy * (1 - self.components.touching[self.main].item() / perimeter)
+            share = self.components.touching[self.main].item() / perimeter
+            return self.energy * FILLING_MALUS * (1 - share)
         if self.touches_border:
             return self.energy * BORDER_MALUS
         return self.energy
