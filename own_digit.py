@@ -385,8 +385,9 @@ def select_strokes(components, main, is_frame):
     is_large &= components.peak >= 0.3 * components.peak[main]
     is_large &= ~is_frame
     is_large[0] = False
-    within = components.left > components.left[main] - reach
-    within &= components.right < components.right[main] + reach
+    overhang = 0.4 * components.extent[main]
+    within = components.left > components.left[main] - overhang
+    within &= components.right < components.right[main] + overhang
     is_large &= (components.touching == 0) | within  # beside the digit, it is a neighbor or the table
     is_near = components.bottom > components.top[main] - reach
     is_near &= components.top < components.bottom[main] + reach
