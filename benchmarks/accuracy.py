@@ -45,12 +45,15 @@ def train_and_describe(name, schedule, seed, train_set, test_set, device):
     return rows
 
 
-def is_recorded(name, schedule, seed):
-    """Return whether accuracy.csv contains a run."""
-    for row in common.read_rows(CSV):
-        if (row["model"], row["schedule"], row["seed"]) == (name, schedule, str(seed)):
-            return True
-    return False
+def is_recorded(name, schedule, seed, device):
+    """Return whether accuracy.csv contains a run on this device."""
+    columns = {
+        "model": name,
+        "schedule": schedule,
+        "seed": str(seed),
+        "device": common.machine_columns(device)["device"],
+    }
+    return any(columns.items() <= row.items() for row in common.read_rows(CSV))
 
 
 def main():
@@ -66,7 +69,7 @@ def main():
             if name in args.models:
                 wanted.append((name, schedule, seed))
     for name, schedule, seed in tqdm(wanted, desc="runs"):
-        if not is_recorded(name, schedule, seed):
+        if not is_recorded(name, schedule, seed, device):
             print(f"\n{name}, {schedule}, seed {seed}")
             rows = train_and_describe(name, schedule, seed, train_set, test_set, device)
             common.append_rows(rows, CSV)

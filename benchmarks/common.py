@@ -180,8 +180,8 @@ def csv_text(rows, header):
     return text.getvalue()
 
 
-def recorded_runs(rows):
-    """Return the runs that the rows of accuracy.csv contain.
+def recorded_runs(rows, device="CPU"):
+    """Return the runs on one device that the rows of accuracy.csv contain.
 
     They are a dictionary from (model, schedule) to a list of `utils.History`, one per seed in ascending
     order. Models 2 and 3 are the same network. If Model3's learning rate never dropped, its runs are
@@ -189,6 +189,8 @@ def recorded_runs(rows):
     """
     by_seed = {}
     for row in rows:
+        if row["device"] != device:
+            continue
         history = by_seed.setdefault((row["model"], row["schedule"], int(row["seed"])), utils.History())
         for column, name in ACCURACY_COLUMNS.items():
             getattr(history, name).append(float(row[column]))

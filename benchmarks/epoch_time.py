@@ -8,6 +8,7 @@
 The variants of an epoch:
 
 - DataLoader: torchvision's MNIST with per-image transforms, in the same training loop
+- DataLoader, 4 workers: the same with four worker processes (measured on a GPU only)
 - this repository: `utils.train` with this repository's loader
 - compute only: forward, loss, backward and optimizer step on precomputed batches
 
@@ -38,6 +39,7 @@ from model import MODELS, create_model
 
 CSV = common.ROOT / "benchmarks" / "epoch_time.csv"
 DATALOADER = "DataLoader"
+WORKERS = "DataLoader, 4 workers"
 REPOSITORY = "this repository"
 COMPUTE_ONLY = "compute only"
 
@@ -46,6 +48,8 @@ def create_loader(variant, recipe, train_set, device):
     """Return the batches of a variant, with the recipe's augmentation unless it is compute only."""
     if variant == DATALOADER:
         return standard_loader(recipe, len(train_set), device)
+    if variant == WORKERS:
+        return standard_loader(recipe, len(train_set), device, workers=4)
     loader = utils.BatchLoader(
         train_set,
         recipe.batch_size,
@@ -61,7 +65,7 @@ def create_loader(variant, recipe, train_set, device):
     return loader
 
 
-def standard_loader(recipe, count, device):
+def standard_loader(recipe, count, device, workers=0):
     """Return a DataLoader of the first `count` training images, as in most MNIST examples."""
     steps = [transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,))]
     if recipe.augmentation is not None:
@@ -73,7 +77,9 @@ def standard_loader(recipe, count, device):
     dataset = datasets.MNIST(root, transform=transforms.Compose(steps))
     dataset.data = dataset.data[:count]
     dataset.targets = dataset.targets[:count]
-    return DataLoader(dataset, recipe.batch_size, shuffle=True, pin_memory=device == "cuda")
+    return DataLoader(
+        dataset, recipe.batch_size, shuffle=True, num_workers=workers, pin_memory=device == "cuda"
+    )
 
 
 def train_compute_only(model, batches, optimizer):
@@ -205,6 +211,8 @@ def main():
     if args.tenth:
         train_set = tenth(train_set)
     variants = [DATALOADER, REPOSITORY, COMPUTE_ONLY]
+    if device == "cuda":
+        variants.insert(1, WORKERS)
     beside = contextlib.nullcontext()
     if args.busy:
         variants.remove(COMPUTE_ONLY)

@@ -186,6 +186,20 @@ def steps_table(runs):
     return markdown_table(f"step | {MEAN} | min | gain", rows)
 
 
+def devices_table(rows):
+    """Return the mean of the last epochs per seed on each device that is not a CPU, and the CPU's range."""
+    lines = []
+    on_cpu = common.recorded_runs(rows)
+    for device in dict.fromkeys(row["device"] for row in rows):
+        if device == "CPU":
+            continue
+        for name, histories in described_runs(common.recorded_runs(rows, device)).items():
+            means = [f"{common.mean_of_last_epochs(history):.2f}" for history in histories]
+            expected = list(map(common.mean_of_last_epochs, on_cpu[name, "described"]))
+            lines.append([name, device, ", ".join(means), f"{min(expected):.2f} to {max(expected):.2f}"])
+    return markdown_table(f"model | device | {MEAN}, per seed | on a CPU", lines)
+
+
 # ---- other tables ----
 
 
@@ -262,19 +276,20 @@ def epoch_time_table(rows):
     """
     lines = []
     rows = [row for row in rows if row["images"] == "60000"]
-    for values, variants in group_by(rows, ["model", "device", "threads", "busy"]).items():
+    variants = ["DataLoader", "DataLoader, 4 workers", "this repository", "compute only"]
+    for values, measured in group_by(rows, ["model", "device", "threads", "busy"]).items():
         model, device, threads, busy = values
         machine = f"{device}, {utils.number_of(int(threads), 'thread')}"
         if busy == "1":
             machine += ", busy"
-        seconds = dict.fromkeys(["DataLoader", "this repository", "compute only"], "")
+        seconds = dict.fromkeys(variants, "")
         ratios = ["", ""]
-        for row in variants:
+        for row in measured:
             seconds[row["variant"]] = f"{float(row['seconds']):.1f}"
             if row["variant"] == "this repository":
                 ratios = [ratio_cell(row, "vs_dataloader"), ratio_cell(row, "vs_compute_only")]
         lines.append([model, machine, *seconds.values(), *ratios])
-    header = "model | machine | DataLoader | this repository | compute only | vs. DataLoader | vs. compute"
+    header = f"model | machine | {' | '.join(variants)} | vs. DataLoader | vs. compute"
     return markdown_table(header, lines)
 
 
@@ -304,7 +319,8 @@ def columns_table(rows, hidden):
 
 def create_tables():
     """Return every table as text, by name."""
-    runs = common.recorded_runs(common.read_rows(FOLDER / "accuracy.csv"))
+    accuracies = common.read_rows(FOLDER / "accuracy.csv")
+    runs = common.recorded_runs(accuracies)
     times = common.read_rows(FOLDER / "epoch_time.csv")
     own_digits = common.read_rows(FOLDER / "own_digits.csv")
     exercises = common.read_rows(FOLDER / "exercises.csv")
@@ -313,6 +329,7 @@ def create_tables():
         "overview": overview_table(runs),
         "accuracy": accuracy_table(runs),
         "steps": steps_table(runs),
+        "devices": devices_table(accuracies),
         "search": search_table(common.read_rows(FOLDER / "search.csv")),
         "dropout ablation": dropout_table(common.read_rows(FOLDER / "dropout_ablation.csv")),
         "own digits": columns_table(own_digits, hidden=["model", "device", "threads", "torch"]),

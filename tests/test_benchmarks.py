@@ -96,13 +96,13 @@ def test_candidate_with_model4s_channels_is_model4():
         assert torch.equal(state[name], value)
 
 
-def accuracy_rows(model, seed, test_acc, rate=0.01):
+def accuracy_rows(model, seed, test_acc, rate=0.01, device="CPU"):
     """Return the rows of a run in accuracy.csv, as strings."""
     rows = []
     for epoch, value in enumerate(test_acc, 1):
         row = dict.fromkeys(common.ACCURACY_COLUMNS, "1")
         row.update(model=model, schedule="described", seed=str(seed), epoch=str(epoch))
-        row.update(test_acc=str(value), learning_rate=str(rate))
+        row.update(test_acc=str(value), learning_rate=str(rate), device=device)
         rows.append(row)
     return rows
 
@@ -439,6 +439,14 @@ def test_search_table_has_hand_computed_values():
     assert tables.recipe_text({}) == "base"
 
 
+def test_devices_table_compares_the_runs_of_a_gpu_with_those_of_the_cpu():
+    rows = accuracy_rows("Model4", 1, SEED_1) + accuracy_rows("Model4", 2, SEED_2)
+    assert len(tables.devices_table(rows).splitlines()) == 2
+    rows += accuracy_rows("Model4", 1, ABOVE_FROM_2, device="A GPU")
+    assert cells(tables.devices_table(rows), 0) == ["Model4", "A GPU", "99.56", "99.02 to 99.24"]
+    assert len(common.recorded_runs(rows)["Model4", "described"]) == 2
+
+
 def test_layers_table_sums_the_parameters_of_a_block():
     table = tables.layers_table("Model2")
     assert cells(table, 5) == ["convblock5", "16×8×8", "1,472", "92,192", "14"]  # 10·9·16 + 32
@@ -451,5 +459,5 @@ def test_epoch_time_table_has_the_ratios_of_this_repository():
     common.write_rows(rows, epoch_time.CSV)
     table = tables.create_tables()["epoch time"]
     ratios = ["0.40 (0.11 to 0.75)", "1.25 (1.00 to 3.00)"]
-    assert cells(table, 0) == ["Model3", "CPU, 1 thread", "5.0", "2.0", "1.0", *ratios]
-    assert cells(table, 1) == ["Model3", "CPU, 1 thread, busy", "", "2.5", "", "", ""]
+    assert cells(table, 0) == ["Model3", "CPU, 1 thread", "5.0", "", "2.0", "1.0", *ratios]
+    assert cells(table, 1) == ["Model3", "CPU, 1 thread, busy", "", "", "2.5", "", "", ""]
