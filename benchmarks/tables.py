@@ -293,6 +293,18 @@ def epoch_time_table(rows):
     return markdown_table(header, lines)
 
 
+def spincount_table(rows):
+    """Return Model4's seconds per epoch with a tenth of the data, for each value of `GOMP_SPINCOUNT`."""
+    lines = []
+    rows = [row for row in rows if row["images"] == "6000" and row["variant"] == "this repository"]
+    for (spincount,), measured in group_by(rows, ["spincount"]).items():
+        seconds = {"0": "", "1": ""}
+        for row in measured:
+            seconds[row["busy"]] = f"{float(row['seconds']):.2f}"
+        lines.append([spincount, *seconds.values()])
+    return markdown_table("GOMP_SPINCOUNT | idle | beside a busy process", lines)
+
+
 def ratio_cell(row, column):
     """Return the median of some ratios with their range, or an empty cell if there are none."""
     if not row[column]:
@@ -336,7 +348,7 @@ def create_tables():
         "drawing field": columns_table(drawing, hidden=["device", "threads", "torch"]),
         "epoch time": epoch_time_table(times),
         "exercises": columns_table(exercises, hidden=["seed", "device", "threads", "torch"]),
-        "all times": columns_table(times, hidden=["rounds", "torch"]),
+        "spincount": spincount_table(times),
     }
     for name in MODELS:
         tables[f"{name} layers"] = layers_table(name)

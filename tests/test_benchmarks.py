@@ -461,3 +461,17 @@ def test_epoch_time_table_has_the_ratios_of_this_repository():
     ratios = ["0.40 (0.11 to 0.75)", "1.25 (1.00 to 3.00)"]
     assert cells(table, 0) == ["Model3", "CPU, 1 thread", "5.0", "", "2.0", "1.0", *ratios]
     assert cells(table, 1) == ["Model3", "CPU, 1 thread, busy", "", "", "2.5", "", "", ""]
+
+
+def test_spincount_table_compares_this_repositorys_idle_and_busy_epochs(monkeypatch):
+    rows = []
+    for spincount, idle, busy in (("1000", 1.25, 3.0), ("300000", 1.0, 60.0)):
+        monkeypatch.setenv("GOMP_SPINCOUNT", spincount)
+        measured = {("Model4", "this repository"): [idle], ("Model4", "DataLoader"): [2.0]}
+        rows += epoch_time.summarize(measured, busy=False, device="cpu", images=6000)
+        measured["Model4", "this repository"] = [busy]
+        rows += epoch_time.summarize(measured, busy=True, device="cpu", images=6000)
+    common.write_rows(rows, epoch_time.CSV)
+    table = tables.create_tables()["spincount"]
+    assert cells(table, 0) == ["1000", "1.25", "3.00"]
+    assert cells(table, 1) == ["300000", "1.00", "60.00"]
