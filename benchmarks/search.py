@@ -107,13 +107,14 @@ def identity(configuration, seed):
 def train_and_describe(configuration, seed, train_set, validation_set, epochs=common.EPOCHS):
     """Train one configuration with one seed; return its row of search.csv."""
     columns = identity(configuration, seed)
+    device = common.default_device()
     name = re.sub("[^a-z0-9.]+", "-", " ".join(columns.values()))
     path = common.checkpoint_path(f"search-{name}")
     torch.manual_seed(seed)
     model = common.Candidate(configuration.before, configuration.after)
-    model.to(memory_format=model.memory_format)
+    model.to(device, memory_format=model.memory_format)
     recipe = changed_recipe(configuration.changes)
-    history = common.train_model(model, recipe, train_set, validation_set, path, epochs, seed)
+    history = common.train_model(model, recipe, train_set, validation_set, path, epochs, seed, device)
     return {
         **columns,
         "parameters": common.count_parameters(model),
@@ -122,7 +123,7 @@ def train_and_describe(configuration, seed, train_set, validation_set, epochs=co
         "loss_last_five": round(statistics.mean(history.test_losses[-utils.LAST_EPOCHS :]), 5),
         "val_acc_by_epoch": " ".join(f"{accuracy:.2f}" for accuracy in history.test_acc),
         "seconds": round(statistics.median(history.seconds), 1),
-        **common.machine_columns("cpu"),
+        **common.machine_columns(device),
     }
 
 
