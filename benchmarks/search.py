@@ -74,9 +74,16 @@ CONFIGURATIONS = [
     Configuration(*MODEL4, {"clean_epochs": 7}),
     Configuration(*MODEL4, {"clean_epochs": 8}),
     Configuration(*MODEL5, {"clean_epochs": 5}),
-    Configuration(*MODEL5, {"clean_epochs": 6}),
+    Configuration(*MODEL5, {"clean_epochs": 6}, seeds=(1, 2, 3, 4, 5)),
     Configuration(*MODEL5, {"clean_epochs": 7}),
     Configuration(*MODEL5, {"clean_epochs": 8}),
+    # the optimizer again, for Model5
+    Configuration(*MODEL5, {"clean_epochs": 6, "batch_size": 64, "sgd": {**BASE.sgd, "lr": 0.07}}),
+    Configuration(*MODEL5, {"clean_epochs": 6, "sgd": {**BASE.sgd, "weight_decay": 1e-4}}),
+    Configuration(*MODEL5, {"clean_epochs": 6, "sgd": {**BASE.sgd, "lr": 0.2}}, seeds=(1, 2, 3, 4, 5)),
+    Configuration(*MODEL5, {"clean_epochs": 6, "scheduler_args": {"step_size": 1, "gamma": 0.7}}),
+    Configuration(*MODEL5, {"clean_epochs": 6, "sgd": {**BASE.sgd, "lr": 0.3}}),
+    Configuration(*MODEL4, {"clean_epochs": 6, "sgd": {**BASE.sgd, "lr": 0.2}}),
 ]
 
 
