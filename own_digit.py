@@ -7,7 +7,6 @@ Brightness and ink are from 0 to 1. What cannot be read, and a picture that does
 digit, raise ValueError with one line that says what to do.
 """
 
-import math
 import os
 import warnings
 from typing import NamedTuple
@@ -27,9 +26,9 @@ DIGIT_SIZE = 20  # of the digit in an MNIST image
 
 # Between background and ink
 BACKGROUND_WINDOW = 0.35  # side of the closing's square as a share of the picture's longest side
-THRESHOLDS = (0.08, 0.12, 0.17, 0.23, 0.31, 0.42, 0.56)  # tried in this order, as shares of the darkest ink
-NOISE_FACTOR = 4.5  # ink exceeds the noise by at least this many standard deviations
-MIN_THRESHOLD = 0.02
+THRESHOLDS = (0.08, 0.13, 0.2, 0.3, 0.5)  # tried in this order, as shares of the darkest ink
+NOISE_FACTOR = 8  # ink exceeds the noise (see `estimate_noise`) by this factor
+NOISY = 0.005  # noise at which the ink is smoothed
 EDGE_REACH = 0.01  # within which an outline's contrast is measured, as a share of the longest side
 SOFT_EDGE_REACH = 0.03  # the same for digits that fill the picture, which may have been enlarged
 MIN_EDGE = 0.22  # contrast that an outline needs, as a share of the component's darkest ink
@@ -43,8 +42,9 @@ MAX_FILL = 0.7  # share of its bounding box that a digit fills, unless it is as 
 SLIM = 0.6  # width over height
 FRAMED_HEIGHT = 0.3  # height of what a frame encloses, as a share of the frame's
 MAX_TOUCHING = 0.6  # pixels on the picture's border over height plus width; more is a table's edge
+FILLING_MAX_TOUCHING = 0.8  # the same for digits that fill the picture
+MAX_BORDER_RUNS = 10  # separate stretches of the border that a digit covers; more is the paper's texture
 BORDER_MALUS = 0.25  # factor on the energy of a candidate that touches the picture's border
-FILLING_MALUS = 0.5  # the same for one that fills the picture, which may be a shadow around the digit
 FILLING_EXTENT = 0.9  # height or width of a digit that fills the picture, as a share of the picture's
 MAX_GROWTH = 2.5  # of a digit by parts that are fainter and cut by the picture's border
 
@@ -82,25 +82,12 @@ class Candidate(NamedTuple):
     components: Components
     main: int
     is_large: torch.Tensor  # (N,), which components are large enough for a stroke
+    score: float  # energy of the main component, less at the border
     fills_picture: bool
 
     @property
     def touches_border(self):
         return bool(self.components.touching[self.main] > 0)
-
-    @property
-    def energy(self):
-        return self.components.energy[self.main].item()
-
-    @property
-    def score(self):
-        if self.fills_picture:  # the background between the strokes covers more of the border than a digit
-            perimeter = 2 * sum(self.ink.shape)
-            share = self.components.touching[self.main].item() / perimeter
-            return self.energy * FILLING_MALUS * (1 - share)
-        if self.touches_border:
-            return self.energy * BORDER_MALUS
-        return self.energy
 
 
 class Digit(NamedTuple):
@@ -251,18 +238,13 @@ def estimate_background(picture):
 
 
 def estimate_noise(image):
-    """Return the standard deviation of the noise, from the smaller differences of nearby pixels.
+    """Return the 30th percentile of the differences of nearby pixels, which strokes do not raise.
 
-    Pixels are compared over a distance of three, as JPEG and scaling make neighbors alike. The 30th
-    percentile of |x - y| is 0.385 √2 standard deviations of normal noise; it ignores strokes.
+    It is 0.54 standard deviations of normal noise. Pixels are compared over a distance of three, as JPEG
+    and scaling make neighbors alike.
     """
-    distance = 3
-    down = image[distance:] - image[:-distance]
-    across = image[:, distance:] - image[:, :-distance]
-    differences = torch.cat([down.flatten(), across.flatten()]).abs()
-    if differences.numel() == 0:
-        return 0.0
-    return differences.quantile(0.3).item() / (0.385 * math.sqrt(2))
+    differences = (image - image.roll(3, dims=0)).abs()
+    return differences.flatten().quantile(0.3).item()
 
 
 # ---- connected components ----
@@ -335,7 +317,7 @@ def measure_components(labels, ink, contrast):
 # ---- the digit among the components ----
 
 
-def is_plausible(components, shape, threshold, max_touching):
+def is_plausible(components, shape, max_touching):
     """Return which components `(N,)` may be a digit by their size, shape, contrast and border."""
     height = components.height
     width = components.width
@@ -343,15 +325,9 @@ def is_plausible(components, shape, threshold, max_touching):
     is_slim = width < SLIM * height
     plausible = components.extent >= max(3, MIN_EXTENT * max(shape))
     plausible &= width < MAX_ASPECT * height
-    plausible &= components.peak >= max(MIN_CONTRAST, 1.3 * threshold)
+    plausible &= components.peak >= MIN_CONTRAST
     plausible &= (fill < MAX_FILL) | is_slim
-    # A table's edge follows the border, as a tightly cropped 1 does; a line is thin for its length.
-    is_edge = components.touching >= max_touching * (height + width)
-    is_cropped_one = is_slim & (fill > 0.6)
-    is_cropped_one &= (height > FILLING_EXTENT * shape[0]) & (width > FILLING_EXTENT * shape[1])
-    is_edge &= ~is_cropped_one
-    is_line = components.area <= 0.03 * components.extent.square()
-    plausible &= (components.touching == 0) | ~(is_edge | is_line)
+    plausible &= components.touching < max_touching * (height + width)
     plausible[0] = False
     return plausible
 
@@ -378,11 +354,21 @@ def count_border_runs(mask):
     return int((border & ~border.roll(1)).sum())
 
 
+def spans_picture(components, main, shape):
+    """Return whether a component is as high or as wide as the picture and touches its border.
+
+    The paper inside a printed box does not touch it.
+    """
+    height, width = shape
+    is_high = components.height[main] > FILLING_EXTENT * height
+    is_wide = components.width[main] > FILLING_EXTENT * width
+    return bool((is_high | is_wide) & (components.touching[main] > 0))
+
+
 def select_strokes(components, main, is_frame):
     """Return which components `(N,)` are large enough for strokes, and which belong to the digit `main`."""
     reach = 0.2 * components.extent[main]
     is_large = components.area >= 0.03 * components.area[main]
-    is_large &= components.peak >= 0.3 * components.peak[main]
     is_large &= ~is_frame
     is_large[0] = False
     overhang = 0.4 * components.extent[main]
@@ -403,27 +389,26 @@ def find_candidates(ink, fills_picture=False):
 
     If `fills_picture`, only digits as high or as wide as the picture are returned.
     """
-    noise = estimate_noise(ink)
     smoothed = ink
-    if noise > 0.01:
+    if estimate_noise(ink) > NOISY:
         smoothed = smooth(ink)
-        noise = max(estimate_noise(smoothed), 0.4 * noise)
+    lowest_threshold = NOISE_FACTOR * estimate_noise(smoothed)
     edge_reach = EDGE_REACH
     max_touching = MAX_TOUCHING
     if fills_picture:
         edge_reach = SOFT_EDGE_REACH
-        max_touching = 0.8
+        max_touching = FILLING_MAX_TOUCHING
     reach = max(1, round(edge_reach * max(ink.shape)))
     contrast = dilate(smoothed, reach) - erode(smoothed, reach)
     candidates = []
     boxes = []
     for share in THRESHOLDS:
         threshold = share * smoothed.max().item()
-        if threshold < max(NOISE_FACTOR * noise, MIN_THRESHOLD):
+        if threshold < lowest_threshold:
             continue
         labels = label_components(smoothed > threshold)
         components = measure_components(labels, smoothed, contrast)
-        plausible = is_plausible(components, ink.shape, threshold, max_touching)
+        plausible = is_plausible(components, ink.shape, max_touching)
         # A frame is darker than pencil: it may be left at a threshold at which the digit is gone.
         inner = [box_of(components, number) for number in plausible.nonzero()[:, 0].tolist()]
         is_frame = torch.zeros_like(plausible)
@@ -432,19 +417,18 @@ def find_candidates(ink, fills_picture=False):
         malus = torch.where(components.touching > 0, BORDER_MALUS, 1.0)
         scores = components.energy * malus * (plausible & ~is_frame)
         main = int(scores.argmax())
-        if scores[main] <= 0 or count_border_runs(labels == main) > 10:
+        if scores[main] <= 0 or count_border_runs(labels == main) > MAX_BORDER_RUNS:
             continue
         boxes.append(box_of(components, main))
-        if fills_picture:
-            height, width = ink.shape
-            is_filling = components.height[main] > FILLING_EXTENT * height
-            is_filling |= components.width[main] > FILLING_EXTENT * width
-            is_filling &= components.touching[main] > 0  # otherwise it is the paper inside a printed box
-            if not is_filling:
-                continue
+        if fills_picture and not spans_picture(components, main, ink.shape):
+            continue
         is_large, is_selected = select_strokes(components, main, is_frame)
         mask = is_selected[labels]
-        candidates.append(Candidate(ink, mask, components, main, is_large, fills_picture))
+        score = scores[main].item()
+        if fills_picture:  # the background between the strokes covers more of the border than a digit
+            perimeter = 2 * sum(ink.shape)
+            score *= 1 - components.touching[main].item() / perimeter
+        candidates.append(Candidate(ink, mask, components, main, is_large, score, fills_picture))
     return candidates
 
 
@@ -474,11 +458,12 @@ def extends(larger, smaller):
     if larger.fills_picture or not larger.touches_border or smaller.touches_border:
         return False
     missing = smaller.mask & ~larger.mask
-    extent = larger.components.extent[larger.main]
+    growth = larger.components.extent[larger.main] / smaller.components.extent[smaller.main]
+    energy = larger.components.energy[larger.main]
     return bool(
         missing.sum() < 0.05 * smaller.mask.sum()
-        and extent < MAX_GROWTH * smaller.components.extent[smaller.main]
-        and larger.energy > 0.8 * smaller.energy
+        and growth < MAX_GROWTH
+        and energy > 0.8 * smaller.components.energy[smaller.main]
     )
 
 
@@ -491,7 +476,6 @@ def reject_second_digit(candidate):
     taller = torch.maximum(height, height[main])
     is_second = candidate.is_large & (gap > 0.04 * taller)
     is_second &= height > 0.5 * height[main]
-    is_second &= components.energy > 0.25 * components.energy[main]
     if is_second.any():
         raise ValueError("more than one digit found: give a picture of one digit")
 
@@ -499,10 +483,7 @@ def reject_second_digit(candidate):
 def crop_to_digit(candidate):
     """Return the candidate's ink `(h, w)`, from 0 to 1, and its top, bottom, left and right."""
     ink = candidate.ink * dilate(candidate.mask.float())  # with the soft edges
-    darkest = ink.max()
-    if max(ink.shape) == WORKING_SIZE:
-        darkest = smooth(ink).max()  # not one noisy pixel
-    ink = (ink / darkest).clamp(max=1)
+    ink = ink / ink.max()
     rows = (ink > CROP_THRESHOLD).any(dim=1).nonzero()
     columns = (ink > CROP_THRESHOLD).any(dim=0).nonzero()
     top = rows[0].item()

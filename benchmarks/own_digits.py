@@ -73,7 +73,7 @@ def lift_top(image, random):
 
 
 def side_by_side(images, random):
-    """Return two or more digits of the same height in one row, with gaps of 5 to 40 % of that height."""
+    """Return digits of the same height in one row, with gaps of 5 to 40 % of that height."""
     height = 200
     row = Image.new("L", (height * 2 * len(images), height))
     right = 0
@@ -103,10 +103,6 @@ def write_digit(image, height=SIDE, width=SIDE, digit=DIGIT, paper=PAPER, ink=PE
 
 def pen_page(image, random):
     return write_digit(image)
-
-
-def pencil_page(image, random):
-    return write_digit(image, ink=uniform(random, 150, 175))
 
 
 def pen_or_pencil_page(image, random):
@@ -355,20 +351,11 @@ def to_picture(page):
     return Image.fromarray(page.round().clamp(0, 255).byte().numpy())
 
 
-def save_and_open(image, file_format, **options):
-    """Return `image` after it was saved in a file format."""
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return Image.open(file)
-
-
-def sixteen_bit(page):
-    return save_and_open(Image.fromarray((page.clamp(0, 255) * 257).int().numpy()).convert("I;16"), "PNG")
-
-
 def color_jpeg(page):
     colors = ImageOps.colorize(to_picture(page), (30, 50, 140), (255, 250, 230))
-    return save_and_open(colors, "JPEG", quality=75)
+    file = io.BytesIO()
+    colors.save(file, "JPEG", quality=75)
+    return Image.open(file)
 
 
 def soft_crop(image, random):
@@ -383,12 +370,6 @@ def soft_crop(image, random):
 
 def original(image, random):
     return image
-
-
-def transparent(image, random):
-    """White on a transparent background."""
-    coverage = image.resize((280, 280), Image.LANCZOS)
-    return Image.merge("LA", (Image.new("L", (280, 280), 255), coverage))
 
 
 class Kind(NamedTuple):
@@ -408,10 +389,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "original": Kind(original),
-    "white on transparent": Kind(transparent),
-    "page": Kind(),
     "color, JPEG": Kind(finish=color_jpeg),
-    "16 bit": Kind(finish=sixteen_bit),
     "digit of 120 px in 1600×1200": Kind(large_page),
     "tight crop": Kind(steps=(crop_tightly, add_noise)),
     "tight crop with flecks": Kind(steps=(crop_tightly, add_noise, add_flecks)),
@@ -419,12 +397,8 @@ KINDS = {
     "neighbors cut by the border": Kind(page_with_neighbors),
     "faint top, cut by the border": Kind(steps=(fade_and_cut_top, add_noise)),
     "top stroke of a 5 lifted": Kind(prepare=lift_top, label=5),
-    "pencil": Kind(pencil_page),
-    "thin pen": Kind(prepare=thin),
     "thin pen with a stain": Kind(prepare=thin, steps=(add_stain, add_noise)),
     "chalk": Kind(chalk_page, (fade_light, add_noise)),
-    "light fading to 0.7": Kind(steps=(fade_light, add_noise)),
-    "hand shadow": Kind(steps=(add_shadow, add_noise)),
     "noise σ 20": Kind(steps=(add_strong_noise,)),
     "graph paper": Kind(steps=(rule_squares, add_noise)),
     "table on all sides": Kind(steps=(add_table, add_noise)),
@@ -437,7 +411,6 @@ KINDS = {
     "blank pages": Kind(blank_page, (damage_blank_page, add_noise), digits=0),
     "hand, no digit": Kind(blank_page, (add_hand, add_noise), digits=0),
     "two digits": Kind(prepare=side_by_side, digits=2),
-    "five digits": Kind(prepare=side_by_side, digits=5),
 }
 
 
