@@ -137,8 +137,11 @@ def tenth(dataset):
 
 @contextlib.contextmanager
 def busy_process():
-    """Keep one core busy with an endless loop in a process of its own, until the context is left."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    """Keep one core busy with an endless loop in a process of its own, until the context is left.
+
+    It has a session of its own, like a program started elsewhere: Linux shares the CPUs between sessions.
+    """
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
     try:
         yield
     finally:
