@@ -274,8 +274,8 @@ def test_epoch_times_are_measured_idle_and_beside_a_busy_process(mnist_files, mo
     started = []
 
     class Process(subprocess.Popen):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             started.append(self)
 
     monkeypatch.setattr(subprocess, "Popen", Process)
