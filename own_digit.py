@@ -44,7 +44,7 @@ FRAMED_HEIGHT = 0.3  # height of what a frame encloses, as a share of the frame'
 MAX_TOUCHING = 0.6  # pixels on the picture's border over height plus width; more is a table's edge
 FILLING_MAX_TOUCHING = 0.8  # the same for digits that fill the picture
 MAX_BORDER_RUNS = 10  # separate stretches of the border that a digit covers; more is the paper's texture
-BORDER_MALUS = 0.25  # factor on the energy of a candidate that touches the picture's border
+BORDER_PENALTY = 0.25  # factor on the energy of a candidate that touches the picture's border
 FILLING_EXTENT = 0.9  # height or width of a digit that fills the picture, as a share of the picture's
 MAX_GROWTH = 2.5  # of a digit by parts that are fainter and cut by the picture's border
 
@@ -414,8 +414,8 @@ def find_candidates(ink, fills_picture=False):
         is_frame = torch.zeros_like(plausible)
         for box in boxes + inner:
             is_frame |= encloses(components, box)
-        malus = torch.where(components.touching > 0, BORDER_MALUS, 1.0)
-        scores = components.energy * malus * (plausible & ~is_frame)
+        penalty = torch.where(components.touching > 0, BORDER_PENALTY, 1.0)
+        scores = components.energy * penalty * (plausible & ~is_frame)
         main = int(scores.argmax())
         if scores[main] <= 0 or count_border_runs(labels == main) > MAX_BORDER_RUNS:
             continue
