@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if sys.platform == "linux":
     # libgomp's threads wait for each other by spinning, which costs a whole time slice per wait if another
     # process keeps the machine busy. It reads the limit when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 import torch.nn.functional as F

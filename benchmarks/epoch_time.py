@@ -1,6 +1,6 @@
 """Seconds per training epoch: a DataLoader, this repository, and compute only (the lower bound).
 
-    python benchmarks/epoch_time.py                       Models 3 to 5; results are saved in epoch_time.csv
+    python benchmarks/epoch_time.py                       Models 3 and 4; results are added to epoch_time.csv
     python benchmarks/epoch_time.py --threads 1           the same with one thread
     python benchmarks/epoch_time.py --busy                the same beside a busy process, without compute only
     python benchmarks/epoch_time.py --models Model4 --tenth         the same with a tenth of the data
@@ -12,8 +12,10 @@ The variants of an epoch:
 - this repository: `utils.train` with this repository's loader
 - compute only: forward, loss, backward and optimizer step on precomputed batches
 
-A round measures the variants of a model one after another, each round in another order. Nothing else
-should run on the machine. GOMP_SPINCOUNT can be set to compare its values (see common.py).
+Every variant is first run once on a tenth of the data, so that one-time costs are not included. A round
+measures the variants of a model one after another, each round in another order, and adds a row for each to
+the file; rounds of several calls are evaluated together. Nothing else should run on the machine.
+GOMP_SPINCOUNT can be set to compare its values (see common.py).
 """
 
 import argparse
@@ -21,7 +23,6 @@ import contextlib
 import io
 import itertools
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -112,22 +113,22 @@ def measure(name, variant, train_set, device):
     return time.perf_counter() - start
 
 
-def measure_rounds(models, variants, rounds, train_set, device):
-    """Return a dictionary from (model, variant) to the seconds of each round.
-
-    Every variant is first run once on a tenth of the data, so that one-time costs are not included.
-    """
-    pairs = list(itertools.product(models, variants))
-    for name, variant in tqdm(pairs, desc="warm-up"):
-        measure(name, variant, tenth(train_set), device)
-    orders = list(itertools.permutations(variants))
-    plan = []
-    for number in range(rounds):
-        plan.extend(itertools.product(models, orders[number % len(orders)]))
-    seconds = {pair: [] for pair in pairs}
-    for name, variant in tqdm(plan, desc="epochs"):
-        seconds[name, variant].append(measure(name, variant, train_set, device))
-    return seconds
+def measure_round(name, variants, train_set, device, busy):
+    """Measure the variants of a model one after another; return their rows of epoch_time.csv."""
+    rows = []
+    for variant in variants:
+        seconds = measure(name, variant, train_set, device)
+        row = {
+            "model": name,
+            "busy": int(busy),
+            "variant": variant,
+            "images": len(train_set),
+            "spincount": os.environ.get("GOMP_SPINCOUNT", ""),
+            "seconds": f"{seconds:.3f}",
+        }
+        row.update(common.machine_columns(device))
+        rows.append(row)
+    return rows
 
 
 def tenth(dataset):
@@ -149,60 +150,9 @@ def busy_process():
         process.wait()
 
 
-def summarize(seconds, busy, device, images=60_000):
-    """Return the rows of epoch_time.csv for what `measure_rounds` returned."""
-    rows = []
-    for (name, variant), times in seconds.items():
-        row = {
-            "model": name,
-            "busy": int(busy),
-            "variant": variant,
-            "images": images,
-            "spincount": os.environ.get("GOMP_SPINCOUNT", ""),
-            "rounds": len(times),
-            "seconds": f"{statistics.median(times):.3f}",
-            "fastest": f"{min(times):.3f}",
-            "slowest": f"{max(times):.3f}",
-        }
-        row.update(ratio_columns("vs_dataloader", times, seconds.get((name, DATALOADER))))
-        row.update(ratio_columns("vs_compute_only", times, seconds.get((name, COMPUTE_ONLY))))
-        row.update(common.machine_columns(device))
-        rows.append(row)
-    return rows
-
-
-def ratio_columns(column, times, baseline):
-    """Return the median, the lowest and the highest of the ratios of two variants, round by round.
-
-    All are empty strings if there is no baseline.
-    """
-    columns = dict.fromkeys([column, f"{column}_lowest", f"{column}_highest"], "")
-    if baseline is not None:
-        ratios = [time / base for time, base in zip(times, baseline, strict=True)]
-        columns[column] = f"{statistics.median(ratios):.3f}"
-        columns[f"{column}_lowest"] = f"{min(ratios):.3f}"
-        columns[f"{column}_highest"] = f"{max(ratios):.3f}"
-    return columns
-
-
-def save(rows):
-    """Save rows in epoch_time.csv, in place of those of the same models in the same situation."""
-    measured = [situation(row) for row in rows]
-    kept = []
-    for row in common.read_rows(CSV):
-        if situation(row) not in measured:
-            kept.append(row)
-    common.write_rows(kept + rows, CSV)
-
-
-def situation(row):
-    """Return the columns of a row that say what was measured where, as strings."""
-    return [str(row[column]) for column in ("model", "busy", "images", "spincount", "device", "threads")]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["Model3", "Model4", "Model5"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["Model3", "Model4"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--busy", action="store_true", help="measure beside one busy process")
@@ -221,11 +171,13 @@ def main():
         variants.remove(COMPUTE_ONLY)
         beside = busy_process()
     with beside:
-        seconds = measure_rounds(args.models, variants, args.rounds, train_set, device)
-    rows = summarize(seconds, args.busy, device, len(train_set))
-    for row in rows:
-        print(", ".join(map(str, row.values())))
-    save(rows)
+        for name, variant in tqdm(list(itertools.product(args.models, variants)), desc="warm-up"):
+            measure(name, variant, tenth(train_set), device)
+        orders = list(itertools.permutations(variants))
+        for number, name in tqdm(list(itertools.product(range(args.rounds), args.models)), desc="rounds"):
+            order = orders[number % len(orders)]
+            rows = measure_round(name, order, train_set, device, args.busy)
+            common.append_rows(rows, CSV)
 
 
 if __name__ == "__main__":

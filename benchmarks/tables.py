@@ -269,6 +269,14 @@ def dropout_table(rows):
     return markdown_table("active dropout | train accuracy", lines)
 
 
+def seconds_per_variant(rows):
+    """Return the seconds per epoch of each variant, round by round, as a dictionary."""
+    seconds = {}
+    for (variant,), measured in group_by(rows, ["variant"]).items():
+        seconds[variant] = numbers(measured, "seconds")
+    return seconds
+
+
 def epoch_time_table(rows):
     """Return the median seconds of an epoch per variant, and the ratios of this repository's.
 
@@ -282,15 +290,27 @@ def epoch_time_table(rows):
         machine = f"{device}, {utils.number_of(int(threads), 'thread')}"
         if busy == "1":
             machine += ", busy"
-        seconds = dict.fromkeys(variants, "")
-        ratios = ["", ""]
-        for row in measured:
-            seconds[row["variant"]] = f"{float(row['seconds']):.1f}"
-            if row["variant"] == "this repository":
-                ratios = [ratio_cell(row, "vs_dataloader"), ratio_cell(row, "vs_compute_only")]
-        lines.append([model, machine, *seconds.values(), *ratios])
+        seconds = seconds_per_variant(measured)
+        medians = dict.fromkeys(variants, "")
+        for variant, times in seconds.items():
+            medians[variant] = f"{statistics.median(times):.1f}"
+        ratios = []
+        for baseline in ("DataLoader", "compute only"):
+            ratios.append(ratio_cell(seconds["this repository"], seconds.get(baseline)))
+        lines.append([model, machine, *medians.values(), *ratios])
     header = f"model | machine | {' | '.join(variants)} | vs. DataLoader | vs. compute"
     return markdown_table(header, lines)
+
+
+def ratio_cell(times, baseline):
+    """Return the median of the ratios of two variants, round by round, with their range.
+
+    It is empty if there is no baseline.
+    """
+    if baseline is None:
+        return ""
+    ratios = [time / base for time, base in zip(times, baseline, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def spincount_table(rows):
@@ -299,20 +319,10 @@ def spincount_table(rows):
     rows = [row for row in rows if row["images"] == "6000" and row["variant"] == "this repository"]
     for (spincount,), measured in group_by(rows, ["spincount"]).items():
         seconds = {"0": "", "1": ""}
-        for row in measured:
-            seconds[row["busy"]] = f"{float(row['seconds']):.2f}"
+        for (busy,), epochs in group_by(measured, ["busy"]).items():
+            seconds[busy] = f"{statistics.median(numbers(epochs, 'seconds')):.2f}"
         lines.append([spincount, *seconds.values()])
     return markdown_table("GOMP_SPINCOUNT | idle | beside a busy process", lines)
-
-
-def ratio_cell(row, column):
-    """Return the median of some ratios with their range, or an empty cell if there are none."""
-    if not row[column]:
-        return ""
-    median = float(row[column])
-    lowest = float(row[f"{column}_lowest"])
-    highest = float(row[f"{column}_highest"])
-    return f"{median:.2f} ({lowest:.2f} to {highest:.2f})"
 
 
 def columns_table(rows, hidden):
