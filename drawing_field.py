@@ -24,10 +24,12 @@ TEXT = (
 )
 # Sanitizers escape the tags that they do not know, as nbconvert does, or remove them and keep the text. Both
 # keep the text of <i> and drop its attributes. A notebook may insert the output later, when scripts no longer
-# run by themselves; an image without a source reports an error in every case.
+# run by themselves; an image without a source reports an error in every case. JupyterLab would show a text in
+# its place, so it is hidden.
 OUTPUT = (
     '<i class="drawing-field" data-network="{network}" data-markup="{markup}" data-program="{program}"'
-    ' onload="{loader}">{text}</i><img alt="" src="" onerror="this.previousSibling.onload()">'
+    ' onload="{loader}">{text}</i>'
+    '<img alt="" style="display: none" src="" onerror="this.previousSibling.onload()">'
 )
 # In a handler itself the program would be many times slower: it looks for every name in the element first.
 LOADER = """

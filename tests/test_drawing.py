@@ -456,6 +456,12 @@ def test_field_works_in_an_output_that_is_inserted_later(show):
     assert len(field.answer()) == 1
 
 
+def test_image_that_starts_the_program_is_not_shown(show):
+    """JupyterLab sets the text of an image that has none to "Image"."""
+    body = html_of().replace('alt=""', 'alt="Image"')
+    assert not show(body).locator("img").is_visible()
+
+
 def test_sanitized_page_shows_a_sentence_and_no_program(show):
     text = show(notebook_page(sanitize=True)).inner_text("body")
     assert drawing_field.TEXT in text
