@@ -14,8 +14,8 @@ The variants of an epoch:
 
 Every variant is first run once on a tenth of the data, so that one-time costs are not included. A round
 measures the variants of a model one after another, each round in another order, and adds a row for each to
-the file; rounds of several calls are evaluated together. Nothing else should run on the machine.
-GOMP_SPINCOUNT can be set to compare its values (see common.py).
+the file; rounds of several calls are evaluated together, so remove the rows of another machine first.
+Nothing else should run on the machine. GOMP_SPINCOUNT can be set to compare its values (see common.py).
 """
 
 import argparse

@@ -444,6 +444,7 @@ def test_epoch_time_table_compares_this_repository_round_by_round():
 def test_spincount_table_compares_idle_and_busy_epochs():
     rows = epoch_time_rows("Model4", "this repository", 1.5, 1.25, 1, spincount="1000", images="6000")
     rows += epoch_time_rows("Model4", "this repository", 9, spincount="1000")
+    rows += epoch_time_rows("Model3", "this repository", 9, spincount="1000", images="6000")
     rows += epoch_time_rows("Model4", "this repository", 1, spincount="300000", images="6000")
     rows += epoch_time_rows("Model4", "this repository", 3, busy="1", spincount="1000", images="6000")
     rows += epoch_time_rows("Model4", "DataLoader", 7, busy="1", spincount="1000", images="6000")
