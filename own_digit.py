@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
-from utils import MEAN, SIDE, STD, TEST_COLOR, show_figure
+from plots import TEST_COLOR, show_figure
+from utils import MEAN, SIDE, STD
 
 # Sizes in pixels of the longest side
 WORKING_SIZE = 256  # at which the digit is looked for

@@ -1,8 +1,9 @@
-"""What the notebook trains with: recipes, data, training, runs and checkpoints, plots and reports.
+"""What the notebook trains with: training and test, data, recipes and settings, runs and checkpoints.
 
-The networks are in `model.py`.
+The networks are in `model.py`; the layer table, plots and reports are in `plots.py`.
 """
 
+import ast
 import contextlib
 import difflib
 import inspect
@@ -10,31 +11,31 @@ import io
 import itertools
 import math
 import os
+import random
 import re
 import socket
-import statistics
 import sys
+import tempfile
+import textwrap
 import time
 import zipfile
-from ast import literal_eval
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass, field, fields
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchinfo
 from IPython import get_ipython
-from IPython.core.pylabtools import select_figure_formats
 from IPython.display import display
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torchvision import datasets
+from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -61,7 +62,9 @@ def GetCorrectPredCount(pred, target):
 def train(model, device, train_loader, optimizer, criterion):
     """Train for one epoch; return the mean loss per sample and the accuracy in percent.
 
-    Both are measured on the fly, in training mode. Raise FloatingPointError if the loss is not finite.
+    `train_loader` is iterated and has a length; `criterion(output, target)` is the mean over a batch.
+    Loss and accuracy are measured on the fly, in training mode. Raise FloatingPointError if the loss is
+    not finite.
     """
     model.train()
     refresh_every = 50  # batches, because reading the loss waits for the device
@@ -90,34 +93,61 @@ def train(model, device, train_loader, optimizer, criterion):
                 accuracy = 100 * correct.item() / count
                 text = f"Train: Loss={loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
                 bar.set_description(text, refresh=False)
-    loss_sum = torch.stack(losses).cpu().double().sum().item()
-    return loss_sum / count, 100 * correct.item() / count
+    return sum_exactly(losses) / count, 100 * correct.item() / count
 
 
 @torch.no_grad()
 def test(model, device, test_loader, criterion):
     """Evaluate a model; print and return the mean loss per sample and the accuracy in percent.
 
-    Raise FloatingPointError if the loss is not finite.
+    The arguments are those of `train`. Raise FloatingPointError if the loss is not finite, and ValueError
+    if `nll_loss` is given scores that are not log-probabilities.
     """
     model.eval()
-    loss = 0
+    losses = []
     correct = 0
     count = 0
     for data, target in test_loader:
         data = data.to(device)
         target = target.to(device)
         output = model(data)
-        loss += criterion(output, target, reduction="sum")
+        losses.append(criterion(output, target) * len(data))
         correct += GetCorrectPredCount(output, target)
         count += len(data)
-    loss = loss.item() / count
+    loss = sum_exactly(losses) / count
     correct = correct.item()
     if not math.isfinite(loss):
         raise FloatingPointError(f"the test loss is {loss}: lower the learning rate")
+    if loss < 0 and brief(criterion).startswith(("nll_loss", "NLLLoss")):
+        raise ValueError(
+            f"the test loss is {loss:.4f}, but a negative log-likelihood cannot be negative: end the network"
+            " in log_softmax, or use F.cross_entropy"
+        )
     accuracy = 100 * correct / count
     print(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{count} ({accuracy:.2f}%)")
     return loss, accuracy
+
+
+def sum_exactly(losses):
+    """Return the sum of a list of scalar tensors as a number; float32 would lose digits."""
+    return torch.stack(losses).cpu().double().sum().item()
+
+
+def choose_device():
+    """Return "cuda" if there is a GPU, otherwise "cpu".
+
+    Raise RuntimeError if PyTorch sees a GPU but cannot use it, as with an architecture that is too old.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    try:
+        torch.ones(1, device="cuda").add(1).item()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(
+            f'PyTorch cannot use the GPU ({reason}): set CUDA_VISIBLE_DEVICES="" to train on the CPU'
+        ) from None
+    return "cuda"
 
 
 class ProgressLine(io.TextIOBase):
@@ -147,6 +177,13 @@ def progress_file():
     return sys.stdout
 
 
+def unwrap(model):
+    """Return the module inside of `torch.compile` or `nn.DataParallel`, and any other model as it is."""
+    if isinstance(model, nn.DataParallel):
+        return unwrap(model.module)
+    return getattr(model, "_orig_mod", model)  # set by torch.compile
+
+
 #############################################
 #                   Data                    #
 #############################################
@@ -161,48 +198,70 @@ MIRROR_TIMEOUT = 15  # seconds
 
 
 @dataclass(frozen=True)
-class DigitSet:
+class DigitSet(torch.utils.data.Dataset):
     """A data set in memory: uint8 images `(N, 28, 28)` and int64 labels `(N,)`.
 
-    An index (a slice or an index tensor) gives a smaller set of the same name.
+    A number as index gives a normalized image `(1, 28, 28)` and its label, so that a `DataLoader` and
+    `random_split` work. A slice or an index tensor gives a smaller set of the same name.
+
+    Raise TypeError if the images are not uint8.
     """
 
     name: str
     images: torch.Tensor
     labels: torch.Tensor
 
+    def __post_init__(self):
+        if self.images.dtype != torch.uint8:
+            raise TypeError(f"images are {self.images.dtype}: give them as torch.uint8, from 0 to 255")
+
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
+        if isinstance(index, int):
+            return normalize(self.images[index]), self.labels[index].item()
         return DigitSet(self.name, self.images[index], self.labels[index])
+
+
+def split(train_set):
+    """Return five sixths of a `DigitSet` to train on and one sixth to validate on.
+
+    The images are chosen at random, but are the same in every run: 50,000 and 10,000 of MNIST's.
+    """
+    order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))
+    validation_count = len(train_set) // 6
+    return train_set[order[:-validation_count]], train_set[order[-validation_count:]]
 
 
 class BatchLoader:
     """An iterable over the batches of a `DigitSet`, which is kept on `device` as one normalized tensor.
 
     Yields `(data, target)`: float32 `(B, 1, 28, 28)` and int64 `(B,)`; the last batch may be smaller.
-    `shuffle` draws a new order for every epoch. `augmentation`, a function of `data`, is applied in the
-    first `augmented_epochs` epochs; `set_epoch` says which epoch, from 1 up, comes next.
+    `shuffle` draws a new order for every epoch. `augmentation`, if there is one, is a function of `data`;
+    it can be replaced or set to None at any time.
+
+    Raise TypeError if the data set is not a `DigitSet`, and for transforms of torchvision: they draw one
+    set of random numbers per call. Both work with a `DataLoader`, which calls transforms for each image.
     """
 
-    def __init__(self, dataset, batch_size, device, shuffle=False, augmentation=None, augmented_epochs=0):
+    def __init__(self, dataset, batch_size, device, shuffle=False, augmentation=None):
+        if not isinstance(dataset, DigitSet):
+            raise TypeError(
+                f"BatchLoader needs a DigitSet, not {type(dataset).__name__}: create one from images and"
+                " labels, such as DigitSet(name, mnist.data, mnist.targets), or use a DataLoader"
+            )
+        if type(augmentation).__module__.startswith("torchvision."):
+            raise TypeError(
+                f"{type(augmentation).__name__} would change all images of a batch alike: use it in the"
+                " transform of a torchvision data set with a DataLoader, before Normalize"
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.augmentation = augmentation
-        self.augmented_epochs = augmented_epochs
-        self.epoch = 1
-        self.data = normalize(dataset.images.to(device))
+        self.data = normalize(dataset.images).to(device)
         self.target = dataset.labels.to(device)
-
-    def __repr__(self):
-        text = f"{self.dataset.name}, {len(self.dataset):,} images in batches of {self.batch_size}"
-        if self.shuffle:
-            text += ", shuffled"
-        if self.augmentation is None or self.augmented_epochs < 1:
-            return text
-        return f"{text}, {describe(self.augmentation)} until epoch {self.augmented_epochs}"
 
     def __len__(self):
         return math.ceil(len(self.target) / self.batch_size)
@@ -212,24 +271,19 @@ class BatchLoader:
             order = torch.randperm(len(self.target))
         else:
             order = torch.arange(len(self.target))
-        is_augmented = self.augmentation is not None and self.epoch <= self.augmented_epochs
         for index in order.to(self.data.device).split(self.batch_size):
             data = self.data[index]
-            if is_augmented:
+            if self.augmentation is not None:
                 data = self.augmentation(data)
             yield data, self.target[index]
 
-    def set_epoch(self, epoch):
-        """Say which epoch comes next, from 1 up."""
-        self.epoch = epoch
-
 
 def normalize(images):
-    """Return uint8 images `(N, H, W)` as float32 `(N, 1, H, W)`, normalized with MNIST's mean and std.
+    """Return uint8 images `(..., H, W)` as float32 `(..., 1, H, W)`, normalized with MNIST's mean and std.
 
     The values are those of torchvision's `ToTensor` and `Normalize((0.1307,), (0.3081,))`.
     """
-    return images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
+    return images.unsqueeze(-3).float().div_(255).sub_(MEAN).div_(STD)
 
 
 def random_affine(data, degrees, shift, scale):
@@ -258,64 +312,65 @@ def affine(data, angle, shift, size):
     return F.grid_sample(data - BLACK, grid, align_corners=False) + BLACK
 
 
-class MNIST(datasets.MNIST):  # torchvision names its folder after the class
-    """torchvision's MNIST, with the MD5 of all four files verified before any of them is read.
-
-    Missing or corrupted files are downloaded, with a timeout of 15 seconds per mirror. Raise
-    RuntimeError, naming the file and the remedy, if that fails.
-    """
-
-    def _check_legacy_exist(self):
-        return False  # never read the `processed` folder of old torchvision versions: it has no MD5
-
-    def _check_exists(self):
-        return self.first_bad_file() is None
-
-    def first_bad_file(self):
-        """Return the path of the first file that is missing or corrupted, or None."""
-        for name, md5 in MNIST_MD5.items():
-            path = Path(self.raw_folder) / name
-            if not check_integrity(path, md5):
-                return path
-        return None
-
-    def download(self):
-        previous_timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(MIRROR_TIMEOUT)
-        try:
-            super().download()
-        except (OSError, RuntimeError, HTTPException) as error:
-            reason = " ".join(f"{type(error).__name__} {error}".split())
-            raise RuntimeError(
-                f"{self.first_bad_file()} is missing or corrupted and could not be downloaded ({reason}):"
-                " check the network connection and rerun, place the original file there, or set MNIST_ROOT"
-            ) from None
-        finally:
-            socket.setdefaulttimeout(previous_timeout)
-
-
 def load_data(standin=True):
     """Return the training and the test set: MNIST or, with a prominent warning, the stand-in.
 
-    MNIST is read from the folder `MNIST_ROOT` (default `./data`). With `standin=False` or
-    `S7_STANDIN=0`, raise RuntimeError if MNIST is not available; with `S7_STANDIN=1`, use the stand-in
-    without trying MNIST.
+    MNIST is read from the folder `MNIST_ROOT` (default `./data`), and downloaded if it is missing there.
+    With `standin=False` or `S7_STANDIN=0`, raise RuntimeError if MNIST is not available; with
+    `S7_STANDIN=1`, use the stand-in without trying MNIST.
     """
-    wanted = os.environ.get("S7_STANDIN")
+    wanted = os.environ.get("S7_STANDIN", "").strip()
+    if wanted not in ("", "0", "1"):
+        raise ValueError(f"S7_STANDIN is {wanted!r}: choose 0 or 1")
     if standin and wanted == "1":
         return load_standin("the stand-in was requested with S7_STANDIN=1")
     root = Path(os.environ.get("MNIST_ROOT") or "./data").expanduser()
+    folder = root / "MNIST" / "raw"
     try:
-        train_set = MNIST(root, train=True, download=True)
-        test_set = MNIST(root, train=False, download=True)
-    except (OSError, RuntimeError) as error:
+        if bad_files(folder):
+            download_mnist(folder)
+    except RuntimeError as error:
         if not standin or wanted == "0":
             raise
         return load_standin(error)
-    return (
-        DigitSet("MNIST", train_set.data, train_set.targets),
-        DigitSet("MNIST", test_set.data, test_set.targets),
-    )
+    return read_mnist(folder, "train"), read_mnist(folder, "t10k")
+
+
+def read_mnist(folder, part):
+    """Return the `DigitSet` of one part of MNIST, "train" or "t10k", from its two files in a folder."""
+    images = read_image_file(folder / f"{part}-images-idx3-ubyte")
+    return DigitSet("MNIST", images, read_label_file(folder / f"{part}-labels-idx1-ubyte"))
+
+
+def bad_files(folder):
+    """Return the paths of MNIST's four files that are missing in a folder or have another MD5."""
+    return [folder / name for name, md5 in MNIST_MD5.items() if not check_integrity(folder / name, md5)]
+
+
+def download_mnist(folder):
+    """Download MNIST's files into a folder, with a timeout of 15 seconds per mirror.
+
+    They are moved there when they are complete, so that several processes can download at the same time.
+    Raise RuntimeError, naming a bad file and the remedy, if that fails.
+    """
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(MIRROR_TIMEOUT)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            complete = Path(datasets.MNIST(temporary, download=True).raw_folder)
+            for name in MNIST_MD5:
+                os.replace(complete / name, folder / name)
+    except (OSError, RuntimeError, HTTPException) as error:
+        remaining = bad_files(folder)
+        if remaining:  # no other process has downloaded them
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise RuntimeError(
+                f"{remaining[0]} is missing or corrupted and could not be downloaded ({reason}): check the"
+                " network connection and rerun, place the original file there, or set MNIST_ROOT"
+            ) from None
+    finally:
+        socket.setdefaulttimeout(previous_timeout)
 
 
 def load_standin(reason):
@@ -368,6 +423,9 @@ class Recipe:
     augmentation: partial | None = None  # a function of a batch
     clean_epochs: int = 0  # number of final epochs without augmentation
 
+    def __str__(self):
+        return "\n".join(f"{item.name}: {brief(getattr(self, item.name))}" for item in fields(self))
+
 
 PUBLISHED_SGD = dict(lr=0.01, momentum=0.9)
 PUBLISHED_STEP = Recipe(PUBLISHED_SGD, StepLR, dict(step_size=6, gamma=0.1))
@@ -397,13 +455,13 @@ def setting(name, default):
 
     Unless the default is text, the variable is read as a Python literal, such as 3, True or None.
     """
-    text = os.environ.get(f"S7_{name}")
+    text = os.environ.get(f"S7_{name}", "").strip()
     if not text:
         return default
     if isinstance(default, str):
         return text
     try:
-        return literal_eval(text)
+        return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text  # `check_settings` rejects it by name
 
@@ -411,7 +469,10 @@ def setting(name, default):
 def check_settings(model, epochs, batch_size, seed, resume):
     """Raise ValueError, naming the setting and its valid values, if a setting is invalid."""
     if model not in RECIPES:
-        raise ValueError(f"MODEL is {model!r}: choose one of {', '.join(RECIPES)}")
+        raise ValueError(
+            f"MODEL is {model!r}: choose one of {', '.join(RECIPES)}; a new network needs an entry in MODELS"
+            " (model.py) and in RECIPES (utils.py)"
+        )
     if batch_size is None:
         batch_size = RECIPES[model].batch_size
     for name, value, lowest in (("EPOCHS", epochs, 1), ("BATCH_SIZE", batch_size, 1), ("SEED", seed, 0)):
@@ -446,179 +507,343 @@ class History:
 class Run:
     """A training run: what is trained, its history, and the checkpoint from which it can be resumed.
 
-    The run is described by the objects that it is given. The description is printed, stored in the
-    checkpoint, and compared with that of a checkpoint before the run is resumed. The number of epochs is
-    no part of it, so a finished run can be resumed with more epochs; where a schedule depends on that
-    number, the schedule itself differs.
+    The run is described by the objects that it is given (see `describe`); `scheduler` may be None. Before
+    a run is resumed, its description is compared with that in the checkpoint. The number of epochs is no
+    part of it, so a finished run can be resumed with more epochs; where a schedule depends on that number,
+    the schedule itself differs. `augmented_epochs`, in which the loop uses the loader's augmentation, is a
+    part of it if there is an augmentation.
 
     The checkpoint at `path` always contains the state after a completed epoch. With `resume=True` the
     state is restored from it; if there is none, the run starts from scratch and says so. With
-    `resume=False` the checkpoint of an earlier run is kept under another name (see `keep_previous`).
+    `resume=False` the checkpoint of an earlier run is kept under another name when the first epoch of the
+    new one is saved.
 
-    Raise ValueError if the optimizer or the scheduler has been used, if the file is not a checkpoint, or
-    if it is that of a different run, listing the differences. Raise OSError if a file cannot be read or
-    written.
+    Raise ValueError if the optimizer or the scheduler has been used or belongs to another model, if the
+    file is not a checkpoint, or if it is that of a different run, naming the differences. Raise OSError if
+    a file cannot be read or written.
     """
 
     def __init__(
-        self, path, model, optimizer, scheduler, train_loader, criterion, epochs, seed, resume=False
+        self,
+        path,
+        model,
+        optimizer,
+        scheduler,
+        train_loader,
+        test_loader,
+        criterion,
+        epochs,
+        seed,
+        augmented_epochs=None,
+        resume=False,
     ):
         self.path = Path(path).expanduser()
-        self.model = model
+        self.model = unwrap(model)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.epochs = epochs
         self.seed = seed
         self.history = History()
-        was_stepped = any(state.get("step", 1) > 0 for state in optimizer.state.values())
-        if was_stepped or getattr(scheduler, "last_epoch", 0) > 0:
-            raise ValueError("the optimizer or the scheduler has been used: create the model and both again")
-        self.description = {
-            "network": str(model),
-            "data": describe(train_loader),
-            "optimizer": describe_optimizer(optimizer),
-            "scheduler": describe(scheduler),
-            "loss": describe(criterion),
-            "seed": str(seed),
+        self.augmented_epochs = None
+        reject_used(self.model, optimizer, scheduler)
+        trained = {
+            "network": self.model,
+            "train_loader": train_loader,
+            "test_loader": test_loader,
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+            "criterion": criterion,
+            "seed": seed,
         }
-        data_name = getattr(train_loader.dataset, "name", type(train_loader.dataset).__name__)
-        self.title = f"{type(model).__name__} on {data_name}"
+        dataset = getattr(train_loader, "dataset", train_loader)
+        data_name = getattr(dataset, "name", type(dataset).__name__)
+        self.title = f"{type(self.model).__name__} on {data_name}"
+        data = f"{data_name}, {len(train_loader)} batches"
+        if getattr(train_loader, "augmentation", None) is not None:
+            self.augmented_epochs = augmented_epochs
+            trained["augmented_epochs"] = augmented_epochs
+            data += f", {brief(train_loader.augmentation)} until epoch {augmented_epochs}"
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.summary = (
+            f"{type(self.model).__name__} with {parameters:,} parameters on {data}\n{brief(optimizer)},"
+            f" {brief(scheduler)}, {brief(criterion)}, seed {seed}, until epoch {epochs}"
+        )
         print(self)
-        if resume and self.path.exists():
-            self._restore(load_checkpoint(self.path))
-            return
+        self.description = describe(trained)
+        self.sources = read_sources()
         if resume:
-            print(f"No checkpoint at {self.path}: training starts from scratch")
-        keep_previous(self.path)
-        self._save()
+            self._resume()
+        self._saved = self._pack()  # the state after the last completed epoch
+        self._is_in_epoch = False
 
     def __str__(self):
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        about = self.description
-        return (
-            f"{type(self.model).__name__} with {parameters:,} parameters on {about['data']}\n"
-            f"{about['optimizer']}, {about['scheduler']}, {about['loss']}, seed {self.seed}, until epoch"
-            f" {self.epochs}"
-        )
+        return self.summary
 
     def remaining_epochs(self):
-        """Yield the numbers of the epochs that are not completed, up to `epochs`.
+        """Start the epochs that are not completed, up to `epochs`, one after another; yield their numbers.
 
-        Each epoch has its own random seed, so that a resumed run draws the same random numbers.
+        If the last one was interrupted, the state after the last completed epoch is restored first.
         """
+        if self._is_in_epoch:
+            self._restore(load_state(self._saved))
+            print(f"Back to the state after epoch {self.history.completed}")
+        if self.history.completed >= self.epochs:
+            print(f"All {self.epochs} epochs are completed")
         for epoch in range(self.history.completed + 1, self.epochs + 1):
-            print(f"EPOCH: {epoch}")
-            torch.manual_seed(1000 * self.seed + epoch)
-            self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
-            self.start_time = time.perf_counter()
+            self._start_epoch(epoch)
             yield epoch
+
+    def _start_epoch(self, epoch):
+        """Seed all random numbers, and note the learning rate and the time.
+
+        Each epoch has its own seed, so that a resumed run draws the same random numbers.
+        """
+        print(f"EPOCH: {epoch}")
+        self._is_in_epoch = True
+        seed = 1000 * self.seed + epoch
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # NumPy takes no larger ones
+        self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        self.start_time = time.perf_counter()
 
     def record(self, train_loss, train_acc, test_loss, test_acc):
         """Append the results of an epoch to the history and save a checkpoint."""
         self.history.seconds.append(time.perf_counter() - self.start_time)
-        self.history.train_losses.append(train_loss)
-        self.history.train_acc.append(train_acc)
-        self.history.test_losses.append(test_loss)
-        self.history.test_acc.append(test_acc)
+        self.history.train_losses.append(float(train_loss))
+        self.history.train_acc.append(float(train_acc))
+        self.history.test_losses.append(float(test_loss))
+        self.history.test_acc.append(float(test_acc))
         self.history.learning_rates.append(self.learning_rate)
-        self._save()
+        content = self._pack()
+        save_checkpoint(self.path, content, keep=self.history.completed == 1)
+        self._saved = content
+        self._is_in_epoch = False
 
-    def _save(self):
+    def _pack(self):
+        """Return the content of a checkpoint with the current state."""
+        scheduler_state = {}
+        if self.scheduler is not None:
+            scheduler_state = self.scheduler.state_dict()
         state = {
             "model": self.model.state_dict(),
             "optimizer": without_numpy(self.optimizer.state_dict()),
-            "scheduler": without_numpy(self.scheduler.state_dict()),
+            "scheduler": without_numpy(scheduler_state),
             "description": self.description,
+            "sources": self.sources,
             "history": vars(self.history),
         }
-        save_checkpoint(self.path, state)
+        content = io.BytesIO()
+        torch.save(state, content)
+        return content.getvalue()
 
-    def _restore(self, state):
+    def _resume(self):
+        """Restore the state from the checkpoint, if there is one and it is that of this run."""
+        try:
+            state = load_checkpoint(self.path)
+        except FileNotFoundError:  # any other error does not mean that there is no checkpoint
+            print(f"No checkpoint at {self.path}: training starts from scratch")
+            return
         differences = list_differences(state["description"], self.description)
         if differences:
             raise ValueError(
-                f"{self.path} is the checkpoint of a different run ({'; '.join(differences)}): undo these"
-                " changes, or set RESUME = False"
+                f"{self.path} is the checkpoint of a different run ({differences}): undo these changes, or"
+                " set RESUME = False"
             )
-        history = History(**state["history"])
-        if history.completed > self.epochs:
+        completed = len(state["history"]["test_acc"])
+        if completed > self.epochs:
             raise ValueError(
-                f"{self.path} has {history.completed} completed epochs: set EPOCHS to at least that number,"
-                " or RESUME = False"
+                f"{self.path} has {completed} completed epochs: set EPOCHS to at least that number, or"
+                " RESUME = False"
             )
+        for name, text in self.sources.items():
+            print_changes(name, state["sources"].get(name, ""), text)
+        self._restore(state)
+        print(f"Resuming after epoch {completed} of {self.epochs}")
+
+    def _restore(self, state):
         self.optimizer.load_state_dict(state["optimizer"])  # first, because other parameters do not fit
-        self.scheduler.load_state_dict(state["scheduler"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
         self.model.load_state_dict(state["model"])
-        self.history = history
-        print(f"Resuming after epoch {history.completed} of {self.epochs}")
+        self.history = History(**state["history"])
 
 
-def describe(value):
-    """Return an object as text that is the same in every process.
-
-    A function is described by its name, a scheduler by its class and options, and anything else as
-    Python prints it, without memory addresses.
-    """
-    if isinstance(value, LRScheduler):
-        return f"{type(value).__name__}({describe_options(vars(value))})"
-    if isinstance(value, partial):
-        options = [*map(describe, value.args), describe_options(value.keywords)]
-        return f"{describe(value.func)}({', '.join(filter(None, options))})"
-    if isinstance(value, list):
-        return f"[{', '.join(map(describe, value))}]"
-    if inspect.isroutine(value):
-        return value.__qualname__
-    return re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def describe_optimizer(optimizer):
-    """Return an optimizer as text: its class, and the options of each of its parameter groups."""
-    groups = []
+def reject_used(model, optimizer, scheduler):
+    """Raise ValueError if the optimizer or the scheduler has been used or belongs to another model."""
+    parameters = set(model.parameters())
     for group in optimizer.param_groups:
-        options = dict(group)
-        options["lr"] = group.get("initial_lr", group["lr"])  # before a scheduler changed it
-        groups.append(describe_options(options))
-    return f"{type(optimizer).__name__}({'; '.join(groups)})"
+        if not parameters.issuperset(group["params"]):
+            raise ValueError("the optimizer has parameters that are not the model's: create it again")
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise ValueError("the scheduler belongs to another optimizer: create it again")
+    # A new Adagrad has a state, with step 0. A new SGD has none, and a used one has no step in it.
+    was_stepped = any(state.get("step", 1) > 0 for state in optimizer.state.values())
+    if was_stepped or getattr(scheduler, "last_epoch", 0) > 0:
+        raise ValueError("the optimizer or the scheduler has been used: create the model and both again")
 
 
-# Attributes of schedulers and optimizers that are no options of theirs, or that change while they run
-NO_OPTIONS = {
-    "params",
-    "initial_lr",
-    "optimizer",
-    "base_lrs",
-    "best",
-    "mode_worse",
-    "_step_count",
-    "_last_lr",
-}
+# ---- what is trained, as text ----
 
 
-def describe_options(options):
-    """Return the options of an optimizer or a scheduler as text; options that are off or zero are left out.
+def brief(item):
+    """Return an object in short: a function by its name, others as the call that creates them."""
+    if isinstance(item, dict):
+        return ", ".join(f"{name}={value}" for name, value in item.items())
+    if isinstance(item, partial):
+        return f"{brief(item.func)}({', '.join([*map(str, item.args), brief(item.keywords)])})"
+    if inspect.isroutine(item) or isinstance(item, type):
+        return item.__name__
+    if not hasattr(item, "__dict__"):
+        return str(item)
+    values = getattr(item, "defaults", vars(item))  # an optimizer keeps its options in `defaults`
+    options = {}
+    for name in inspect.signature(type(item)).parameters:
+        if isinstance(values.get(name), (int, float, str)) and values[name] != 0:
+            options[name] = values[name]
+    return f"{type(item).__name__}({brief(options)})"
 
-    PyTorch adds such options from version to version, and starts the counters of schedulers at zero.
+
+# Attributes that repeat others, or that do not determine what is trained
+NOT_DESCRIBED = {"training", "optimizer", "base_lrs", "_last_lr", "root"}
+
+
+def describe(parts):
+    """Return what determines the behavior of objects, given by name, as a flat dictionary of texts.
+
+    Objects are described by class and attributes; functions by their source and by what it uses;
+    parameters by shape, and whether they are trained; other tensors by shape and checksum; containers by
+    their keys.
     """
-    parts = []
-    for name, value in options.items():
-        text = describe(value)
-        if name not in NO_OPTIONS and text not in ("None", "False", "0", "0.0"):
-            parts.append(f"{name}={text}")
-    return ", ".join(parts)
+    description = {}
+    seen = {}
+    waiting = list(parts.items())
+    for name, value in waiting:
+        description[name], parts = dissect(value)
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value  # a reference, so that no other object gets the same id
+        for key, part in parts.items():
+            if key not in NOT_DESCRIBED and "hook" not in str(key):
+                waiting.append((f"{name}.{key}", part))
+    return description
+
+
+def dissect(value):
+    """Return an object as text, without what its parts say, and its parts as a dictionary."""
+    if isinstance(value, nn.Parameter):
+        return f"{tuple(value.shape)}, requires_grad={value.requires_grad}", {}
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        content = torch.as_tensor(value).detach().cpu().contiguous().flatten().view(torch.uint8)
+        return f"{tuple(value.shape)}, checksum {zlib.crc32(content.numpy())}", {}
+    if isinstance(value, dict):
+        return ", ".join(map(str, value)), value
+    if isinstance(value, (list, tuple)):
+        if len(value) > 100 and isinstance(value[0], int):  # the indices of a Subset
+            return f"{len(value)} numbers, checksum {zlib.crc32(repr(value).encode())}", {}
+        return f"{len(value)} items", dict(enumerate(value))
+    if isinstance(value, partial):
+        return "partial", {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if inspect.isfunction(value) and is_own(value):
+        variables = inspect.getclosurevars(value)
+        return source_of(value), {"defaults": value.__defaults__, **variables.globals, **variables.nonlocals}
+    if inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value):
+        return value.__name__, {}
+    if not hasattr(value, "__dict__"):
+        return re.sub(" at 0x[0-9a-fA-F]+", "", repr(value)), {}
+    return type(value).__qualname__, attributes_of(value)
+
+
+def attributes_of(value):
+    """Return the attributes of an object, and the methods of a class that is defined in a cell."""
+    parts = {}
+    for name, part in vars(value).items():
+        parts[name] = part
+        if name in ("_modules", "_parameters", "_buffers"):
+            parts[name] = ", ".join(part)
+            parts.update(part)
+    if isinstance(value, Optimizer):
+        parts = {}
+        for number, group in enumerate(value.param_groups, 1):
+            options = group | {"lr": group.get("initial_lr", group["lr"])}  # before a scheduler changed it
+            options.pop("initial_lr", None)
+            for name, option in options.items():
+                parts[f"group {number} {name}"] = option
+    for base in type(value).__mro__:
+        if is_own(base) and base.__module__ not in ("model", "utils"):  # see `read_sources` for these
+            parts.update({name: part for name, part in vars(base).items() if inspect.isfunction(part)})
+    return parts
+
+
+def is_own(item):
+    """Return whether a function or class comes from a cell or a file of the user, not from a library."""
+    name = getattr(item, "__module__", None) or "__main__"
+    if name == "__main__":
+        return True
+    file = getattr(sys.modules.get(name), "__file__", None) or "site-packages"
+    return name.split(".")[0] not in sys.stdlib_module_names and "-packages" not in file
+
+
+def source_of(function):
+    """Return the source of a function without comments, or its code if there is no source."""
+    try:
+        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(function))))
+    except (OSError, SyntaxError):
+        code = function.__code__
+        return re.sub(" at 0x[0-9a-fA-F]+", "", f"{code.co_names} {code.co_consts} {code.co_code.hex()}")
 
 
 def list_differences(saved, current):
-    """Return what differs between two descriptions, as a list of texts that show the lines that differ."""
+    """Return the entries in which two descriptions differ, three of them with both texts.
+
+    An entry that only one of the two has is no difference: containers list their keys, and the attributes
+    of PyTorch's objects come and go with its versions.
+    """
     differences = []
     for name, here in current.items():
-        there = saved.get(name, "")
-        if here == there:
-            continue
-        lines = list(difflib.ndiff(there.splitlines(), here.splitlines()))
-        only_there = [line[1:].strip() for line in lines if line.startswith("-")]
-        only_here = [line[1:].strip() for line in lines if line.startswith("+")]
-        differences.append(f"{name}: checkpoint {' '.join(only_there)}, current {' '.join(only_here)}")
-    return differences
+        there = saved.get(name, here)
+        lines = itertools.zip_longest(there.splitlines(), here.splitlines(), fillvalue="nothing")
+        for before, now in lines:
+            if before != now:
+                before = textwrap.shorten(before, 60)
+                now = textwrap.shorten(now, 60)
+                differences.append(f"{name}: checkpoint {before}, current {now}")
+                break
+    if len(differences) > 3:
+        differences[3:] = [f"and {len(differences) - 3} more"]
+    return "; ".join(differences)
+
+
+def read_sources():
+    """Return the texts that determine a run beyond its description, by name: files, and the running cell."""
+    sources = {}
+    for name in ("model.py", "utils.py"):
+        sources[name] = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    shell = get_ipython()
+    if shell is not None:
+        cell = shell.user_ns["In"][-1]
+        sources["the training cell"] = cell
+        for name in sorted(set(re.findall(r"\w+", cell))):
+            item = shell.user_ns.get(name)
+            if inspect.isfunction(item) and item.__module__ == "__main__":
+                sources[name] = source_of(item)
+    return sources
+
+
+def print_changes(name, there, here):
+    """Print a warning with the lines, at most ten, in which a source text differs from the checkpoint's."""
+    lines = []
+    for line in difflib.unified_diff(there.splitlines(), here.splitlines(), n=0, lineterm=""):
+        if not line.startswith(("---", "+++", "@@")):
+            lines.append(line)
+    if len(lines) > 10:
+        lines[10:] = [f"and {len(lines) - 10} more lines"]
+    if lines:
+        print(f"Warning: {name} has changed since the checkpoint (- before, + now):")
+        print("\n".join(lines))
+
+
+# ---- files ----
 
 
 def without_numpy(value):
@@ -635,42 +860,64 @@ def without_numpy(value):
     return value
 
 
-def save_checkpoint(path, state):
-    """Save a dictionary with `torch.save`; at any moment, the file is the old or the new one, complete.
+def save_checkpoint(path, content, keep=False):
+    """Write a checkpoint; at any moment, the file at `path` is the old or the new one, complete.
 
-    Missing folders are created. Raise OSError, naming the remedy, if the file cannot be written.
+    Missing folders are created. With `keep=True`, an existing file is kept under another name. Raise
+    OSError, naming the remedy, if the file cannot be written.
     """
-    content = io.BytesIO()
-    torch.save(state, content)
     unfinished = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content.getbuffer())
-        os.replace(unfinished, path)  # atomic
+        unfinished.write_bytes(content)
+        if keep:
+            keep_previous(path)
+        replace(unfinished, path)
     except OSError as error:
         raise OSError(
-            f"cannot write the checkpoint {path} ({error.strerror}): free disk space, fix the permissions,"
-            " or set CHECKPOINTS to another folder"
+            f"cannot write the checkpoint {path} ({error.strerror}): free disk space, fix the permissions, or"
+            " set CHECKPOINTS to another folder and copy the last checkpoint there"
         ) from None
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()  # is still there if writing failed or was interrupted
 
 
+def replace(source, target):
+    """Rename a file, atomically; try for a second, because other programs may have it open."""
+    for _ in range(10):
+        try:
+            return os.replace(source, target)
+        except OSError:
+            time.sleep(0.1)
+    return os.replace(source, target)
+
+
+def keep_previous(path):
+    """Rename the file at `path`, if there is one, to `*.previous-1.pt`, `*.previous-2.pt` and so on."""
+    names = os.listdir(path.parent)
+    if path.name not in names:
+        return
+    for number in itertools.count(1):
+        previous = f"{path.stem}.previous-{number}{path.suffix}"
+        if previous not in names:
+            replace(path, path.with_name(previous))
+            return
+
+
 def load_checkpoint(path):
     """Return the state that a `Run` saved at `path`: a dictionary, with its tensors on the CPU.
 
-    Its keys are `model`, `optimizer`, `scheduler`, `description` and `history`. Code that the file may
-    contain is not run. Raise OSError if the file cannot be read, ValueError if it is not a checkpoint.
+    Its keys are `model`, `optimizer`, `scheduler`, `description`, `sources` and `history`. Code that the
+    file may contain is not run. Raise OSError if the file cannot be read, ValueError if it is not a
+    checkpoint.
     """
     content = Path(path).expanduser().read_bytes()
     try:
         corrupted = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load ignores the CRCs
         if corrupted is not None:
             raise ValueError(f"{corrupted} has another CRC")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        names = ("model", "optimizer", "scheduler", "description", "history")
-        return {name: dict(state[name]) for name in names}
+        return load_state(content)
     except Exception as error:  # what torch.load raises depends on where the file is corrupted
         reason = type(error).__name__
         raise ValueError(
@@ -678,355 +925,8 @@ def load_checkpoint(path):
         ) from None
 
 
-def keep_previous(path):
-    """Rename the file at `path`, if there is one, to `*.previous-1.pt`, `*.previous-2.pt` and so on."""
-    if not path.exists():
-        return
-    for number in itertools.count(1):
-        previous = path.with_name(f"{path.stem}.previous-{number}{path.suffix}")
-        if not previous.exists():
-            path.rename(previous)
-            return
-
-
-#############################################
-#             Plots and reports             #
-#############################################
-
-TRAIN_COLOR = "#D55E00"  # distinguishable for color-blind readers (Okabe and Ito)
-TEST_COLOR = "#0072B2"
-TARGET_ACCURACY = 99.4  # percent, of the course
-LAST_EPOCHS = 5  # of a run, to which the target applies
-
-IMPORTED_FILES = {}  # the source files beside this one, with the times when they were changed last
-for source_file in Path(__file__).parent.glob("*.py"):
-    IMPORTED_FILES[source_file.resolve()] = source_file.stat().st_mtime
-
-
-def show_source(item):
-    """Print the source code of a class or function.
-
-    Raise RuntimeError if its file was edited after the import: what would be printed does not run.
-    """
-    path = Path(inspect.getsourcefile(item)).resolve()
-    if path.stat().st_mtime != IMPORTED_FILES.get(path, path.stat().st_mtime):
-        raise RuntimeError(
-            f"{path.name} was edited after it was imported: restart the kernel and run all cells"
-        )
-    print(inspect.getsource(item))
-
-
-class Layer(NamedTuple):
-    """A row of `layer_table`."""
-
-    name: str  # path of attributes, for example "block2.0"
-    kind: str  # class, for example "Conv2d"
-    output: tuple  # shape for one image
-    kernel: int  # side length in pixels
-    parameters: int
-    mult_adds: int
-    receptive_field: int  # side length in pixels
-
-
-def layer_table(model):
-    """Return the layers of a model as a list of `Layer`, for an input of one image.
-
-    Multiply-adds are counted by torchinfo. Each layer enlarges the receptive field by (kernel - 1) · jump
-    pixels, where jump is the product of all preceding strides.
-    """
-    names = {module: name for name, module in model.named_modules()}
-    summary = torchinfo.summary(model, (1, 1, SIDE, SIDE), verbose=0)
-    layers = []
-    receptive_field = 1
-    jump = 1
-    for info in summary.summary_list:
-        if not info.is_leaf_layer:
-            continue
-        kernel, stride = kernel_and_stride(info)
-        receptive_field += (kernel - 1) * jump
-        jump *= stride
-        layers.append(
-            Layer(
-                name=names[info.module],
-                kind=info.class_name,
-                output=tuple(info.output_size[1:]),
-                kernel=kernel,
-                parameters=info.trainable_params,
-                mult_adds=info.macs,
-                receptive_field=receptive_field,
-            )
-        )
-    return layers
-
-
-def kernel_and_stride(info):
-    """Return the kernel size and stride of a torchinfo layer; both are 1 if the layer has none."""
-    if isinstance(info.module, nn.AdaptiveAvgPool2d):
-        size = info.input_size[-1] // info.output_size[-1]
-        return size, size
-    kernel = getattr(info.module, "kernel_size", 1)
-    stride = getattr(info.module, "stride", 1)
-    if isinstance(kernel, tuple):
-        kernel = kernel[0]
-    if isinstance(stride, tuple):
-        stride = stride[0]
-    return kernel, stride
-
-
-def summarize_model(model):
-    """Return the layers of a model as text, one line per layer, with the totals in the last line."""
-    line = "{:<26}{:<12}{:>6}{:>12}{:>12}{:>17}".format
-    layers = layer_table(model)
-    lines = [line("layer", "output", "kernel", "parameters", "mult-adds", "receptive field")]
-    for layer in layers:
-        name = f"{layer.name} {layer.kind}"
-        output = "×".join(map(str, layer.output))
-        counts = f"{layer.parameters:,}", f"{layer.mult_adds:,}"
-        lines.append(line(name, output, layer.kernel, *counts, layer.receptive_field))
-    parameters = sum(layer.parameters for layer in layers)
-    mult_adds = sum(layer.mult_adds for layer in layers)
-    lines.append(line("total", "", "", f"{parameters:,}", f"{mult_adds:,}", layers[-1].receptive_field))
-    return "\n".join(lines)
-
-
-def show_figure(figure, name, alt):
-    """Display a figure with the alternative text `alt`.
-
-    Also save it as `name.png` if the environment variable `S7_FIGURES` names a folder.
-    """
-    folder = os.environ.get("S7_FIGURES")
-    shell = get_ipython()
-    if shell is not None:  # otherwise a kernel started with MPLBACKEND=agg shows no pictures
-        select_figure_formats(shell, {"png"})
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        figure.savefig(f"{folder}/{name}.png", dpi=110, facecolor="white")
-    display(figure, metadata={"image/png": {"alt": alt}})
-    plt.close(figure)
-
-
-def plot_digits(images, captions, title, name):
-    """Plot up to 20 images `(N, 1, 28, 28)` or `(N, 28, 28)`, dark on light, with captions."""
-    figure, axes = plt.subplots(2, 10, figsize=(10, 2.9), layout="constrained")
-    figure.suptitle(title)
-    for axis in axes.flat[len(images) :]:
-        axis.set_axis_off()
-    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
-        axis.imshow(image.squeeze().numpy(), cmap="gray_r")
-        axis.set_title(caption, fontsize=9)
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_color("lightgray")  # shows where the image ends
-    shown = ", ".join(map(str, captions[:20]))
-    show_figure(figure, name, f"{title}: {shown}".rstrip(": ,"))
-
-
-def plot_history(history, title):
-    """Plot loss, accuracy and learning rate per epoch.
-
-    The axes are scaled to epoch 2 onward; epoch 1 may lie outside.
-    """
-    epochs = range(1, history.completed + 1)
-    figure, (loss_axis, accuracy_axis, rate_axis) = plt.subplots(
-        1, 3, figsize=(11, 3.4), layout="constrained"
-    )
-    figure.suptitle(title)
-    plot_train_and_test(loss_axis, epochs, history.train_losses, history.test_losses)
-    plot_train_and_test(accuracy_axis, epochs, history.train_acc, history.test_acc)
-    if history.completed > 2:  # the first epoch would compress the rest
-        loss_axis.set_ylim(0, 1.1 * max(history.train_losses[1:] + history.test_losses[1:]))
-        accuracy_axis.set_ylim(min(history.train_acc[1:] + history.test_acc[1:]) - 0.3, 100)
-    rate_axis.plot(epochs, history.learning_rates, "-o", color="black", markersize=3)
-    rate_axis.set_ylim(0, None)
-    loss_axis.set_ylabel("loss")
-    accuracy_axis.set_ylabel("accuracy (%)")
-    rate_axis.set_ylabel("learning rate")
-    for axis in figure.axes:
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    summary = summarize_run(history, title).replace("\n", "; ")
-    show_figure(figure, "curves", f"Loss, accuracy and learning rate per epoch; {summary}")
-
-
-def plot_train_and_test(axis, epochs, train_values, test_values):
-    """Plot two lines, one value per epoch, with a legend."""
-    axis.plot(epochs, train_values, "--o", color=TRAIN_COLOR, markersize=3, label="train")
-    axis.plot(epochs, test_values, "-o", color=TEST_COLOR, markersize=3, label="test")
-    axis.legend()
-
-
-def first_epoch_above(accuracies, target=TARGET_ACCURACY):
-    """Return the first epoch from which every accuracy is at least `target` (percent), or None."""
-    first = None
-    for epoch, accuracy in enumerate(accuracies, 1):
-        if accuracy < target:
-            first = None
-        elif first is None:
-            first = epoch
-    return first
-
-
-def number_of(count, noun):
-    """Return a count with its noun, for example "1 epoch" or "15 epochs"."""
-    if count == 1:
-        return f"1 {noun}"
-    return f"{count} {noun}s"
-
-
-def summarize_run(history, title):
-    """Return a summary of a run in at most four lines."""
-    completed = history.completed
-    if completed == 0:
-        return f"{title}: no completed epoch"
-    rates = f"{history.learning_rates[0]:.3g}"
-    if history.learning_rates[-1] != history.learning_rates[0]:
-        rates = f"from {rates} to {history.learning_rates[-1]:.3g}"
-    lines = [
-        f"{title}: {number_of(completed, 'epoch')}, learning rate {rates}",
-        f"last epoch: train {history.train_acc[-1]:.2f} %, test {history.test_acc[-1]:.2f} %",
-    ]
-    if completed > 1:
-        last_epochs = history.test_acc[-LAST_EPOCHS:]
-        lines.append(
-            f"test accuracy over the last {len(last_epochs)} epochs:"
-            f" mean {statistics.mean(last_epochs):.2f} %, minimum {min(last_epochs):.2f} %"
-        )
-    first = first_epoch_above(history.test_acc)
-    if first is not None:
-        lines.append(f"test accuracy ≥ {TARGET_ACCURACY} %: from epoch {first} on")
-    return "\n".join(lines)
-
-
-def check_target(history):
-    """Return whether a run meets the course target, as a sentence."""
-    target = f"at least {TARGET_ACCURACY} % test accuracy in each of the last {LAST_EPOCHS} epochs"
-    if history.completed < LAST_EPOCHS:
-        return f"{target}: this run has only {number_of(history.completed, 'epoch')}"
-    if min(history.test_acc[-LAST_EPOCHS:]) < TARGET_ACCURACY:
-        return f"{target}: not met"
-    return f"{target}: met"
-
-
-def most_confused(confusion, count=3):
-    """Return the most confused pairs of digits as text, one line per pair.
-
-    `confusion` `(10, 10)` counts images by true (row) and predicted (column) digit.
-    """
-    both_ways = (confusion + confusion.T).triu(diagonal=1)  # 4 predicted as 9, and 9 as 4
-    numbers, places = both_ways.flatten().sort(descending=True, stable=True)
-    lines = []
-    for number, place in zip(numbers[:count].tolist(), places[:count].tolist(), strict=True):
-        if number > 0:
-            one, other = divmod(place, DIGITS)
-            lines.append(f"{one} and {other}: {number_of(number, 'image')}")
-    return "\n".join(lines) or "no digits were confused"
-
-
-class Mistake(NamedTuple):
-    """A misclassified image."""
-
-    image: torch.Tensor  # normalized, (1, 28, 28)
-    target: int
-    predicted: int
-    probability: float  # of the predicted digit
-
-
-@torch.no_grad()
-def find_mistakes(model, device, test_loader):
-    """Return the confusion matrix and the misclassified images of a model.
-
-    The matrix `(10, 10)` counts images by true (row) and predicted (column) digit. The images are a
-    list of `Mistake`, most confident first.
-    """
-    model.eval()
-    confusion = torch.zeros(DIGITS, DIGITS, dtype=torch.long)
-    mistakes = []
-    for data, target in test_loader:
-        probability, predicted = model(data.to(device)).exp().max(dim=1)
-        target = target.cpu()
-        predicted = predicted.cpu()
-        confusion.index_put_((target, predicted), torch.ones_like(target), accumulate=True)
-        for i in target.ne(predicted).nonzero().flatten().tolist():
-            mistake = Mistake(data[i].cpu(), target[i].item(), predicted[i].item(), probability[i].item())
-            mistakes.append(mistake)
-    mistakes.sort(key=lambda mistake: mistake.probability, reverse=True)
-    return confusion, mistakes
-
-
-def plot_mistakes(mistakes, title):
-    """Plot up to 20 misclassified images in the given order, with true and predicted digit."""
-    images = [mistake.image for mistake in mistakes]
-    captions = [f"{m.target}→{m.predicted}  {m.probability:.0%}" for m in mistakes]
-    count = number_of(len(mistakes), "misclassified image")
-    plot_digits(images, captions, f"{title}: {count}, most confident first (true→predicted)", "mistakes")
-
-
-def plot_confusion(confusion, title):
-    """Plot the confusion matrix, its off-diagonal counts color-coded, and the accuracy per digit."""
-    accuracy = 100 * confusion.diag() / confusion.sum(dim=1).clamp(min=1)  # a digit may not occur
-    wrong = confusion.clone().fill_diagonal_(0)
-    figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
-    axis.imshow(wrong.numpy(), cmap="Oranges", vmax=max(2 * wrong.max().item(), 1))
-    for target in range(DIGITS):
-        for predicted in range(DIGITS):
-            count = confusion[target, predicted].item()
-            axis.text(predicted, target, count or "·", ha="center", va="center", fontsize=9)
-    labels = [f"{digit}  ({share:.1f} %)" for digit, share in enumerate(accuracy.tolist())]
-    axis.set_yticks(range(DIGITS), labels)
-    axis.set_xticks(range(DIGITS))
-    axis.set_xlabel("predicted digit")
-    axis.set_ylabel("true digit (accuracy)")
-    axis.set_title(f"{title}: confusion matrix")
-    count = number_of(wrong.sum().item(), "misclassified image")
-    show_figure(figure, "confusion", f"{title}: confusion matrix with {count}")
-
-
-FEATURE_COLUMNS = 10  # how many channels `plot_features` shows
-
-
-@torch.no_grad()
-def plot_features(model, image, title):
-    """Plot the filters of a model's first layer, and what each of its blocks makes of one image.
-
-    `image` is normalized, `(1, 28, 28)`. Each row shows the first ten channels of a block, on a common
-    scale from dark (low) to light (high), with their size and receptive field.
-    """
-    model.eval()
-    outputs = []
-    hooks = []
-    for name, block in model.named_children():
-
-        def keep(block, inputs, output, name=name):
-            outputs.append((name, output[0].cpu().clone()))
-
-        hooks.append(block.register_forward_hook(keep))
-    try:
-        model(image.unsqueeze(0).to(next(model.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    filters = next(model.parameters()).cpu()
-    rows = [(f"filters\n{filters.shape[-1]}×{filters.shape[-1]}", filters[:, 0])]
-    blocks = itertools.groupby(layer_table(model), key=lambda layer: layer.name.split(".")[0])
-    for (name, output), (_, layers) in zip(outputs, blocks, strict=True):
-        field = list(layers)[-1].receptive_field
-        if output.dim() == 3:  # after flattening, there is no image
-            channels, height, width = output.shape
-            rows.append((f"{name}\n{channels}×{height}×{width}\nfield {field}×{field}", output))
-
-    figure, axes = plt.subplots(
-        len(rows), FEATURE_COLUMNS, figsize=(9, 0.85 * len(rows)), layout="constrained"
-    )
-    figure.suptitle(title)
-    for row_axes, (label, channels) in zip(axes, rows, strict=True):
-        low = channels.min().item()
-        high = channels.max().item()
-        for axis, channel in zip(row_axes, channels, strict=False):
-            axis.imshow(channel.numpy(), cmap="gray", vmin=low, vmax=high)
-        for axis in row_axes:
-            axis.set(xticks=[], yticks=[])
-        for axis in row_axes[len(channels) :]:
-            axis.set_axis_off()
-        row_axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    show_figure(figure, "features", f"{title}: the filters of the first layer, then one row per block")
+def load_state(content):
+    """Return the state in the content of a checkpoint."""
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    names = ("model", "optimizer", "scheduler", "description", "sources", "history")
+    return {name: dict(state[name]) for name in names}

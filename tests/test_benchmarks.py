@@ -14,13 +14,13 @@ import dropout_ablation
 import epoch_time
 import exercises
 import own_digits
-import plots
 import pytest
 import search
 import tables
 import torch
 from conftest import ROOT
 
+import plots
 import utils
 from model import MODELS, Model1, Model5, create_model
 

@@ -1,0 +1,438 @@
+"""What the notebook shows: the layer table, plots and reports.
+
+A plot is a function that ends in `show_figure`.
+"""
+
+import os
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+import torchinfo
+from IPython import get_ipython
+from IPython.core.pylabtools import select_figure_formats
+from IPython.display import display
+from torch import nn
+
+from utils import DIGITS, SIDE, unwrap
+
+TRAIN_COLOR = "#D55E00"  # distinguishable for color-blind readers (Okabe and Ito)
+TEST_COLOR = "#0072B2"
+TARGET_ACCURACY = 99.4  # percent, of the course
+LAST_EPOCHS = 5  # of a run, to which the target applies: our reading of the course's "last few"
+
+#############################################
+#                The layers                 #
+#############################################
+
+
+class Layer(NamedTuple):
+    """A row of `layer_table`: one call of a layer."""
+
+    name: str  # path of attributes, for example "block2.0"
+    kind: str  # class, for example "Conv2d"
+    output: tuple  # shape for one image
+    kernel: int  # side length in pixels
+    stride: int
+    parameters: int
+    mult_adds: int
+    receptive_field: int | None  # side length in pixels; None if it cannot be measured
+
+
+def layer_table(model):
+    """Return the layers of a model, in the order of their calls, as a list of `Layer`.
+
+    Parameters and multiply-adds are counted by torchinfo, for an input of one image; receptive fields are
+    measured (see `measure_fields`).
+    """
+    model = unwrap(model)
+    names = {module: name for name, module in model.named_modules()}
+    summary = torchinfo.summary(model, (1, 1, SIDE, SIDE), verbose=0)
+    calls = [info for info in summary.summary_list if info.is_leaf_layer]
+    leaves = [module for module in model.modules() if not list(module.children())]
+    layers = []
+    for info, (_, field) in zip(calls, measure_fields(model, leaves), strict=True):
+        parameters = sum(parameter.numel() for parameter in info.module.parameters())
+        if info.is_recursive:  # called before, and counted there
+            parameters = 0
+        kernel, stride = kernel_and_stride(info)
+        layer = Layer(
+            names[info.module],
+            info.class_name,
+            tuple(info.output_size[1:]),
+            kernel,
+            stride,
+            parameters,
+            info.macs,
+            field,
+        )
+        layers.append(layer)
+    return layers
+
+
+def kernel_and_stride(info):
+    """Return the kernel size and stride of a torchinfo layer; both are 1 if the layer has none."""
+    if isinstance(info.module, nn.AdaptiveAvgPool2d):
+        size = info.input_size[-1] // info.output_size[-1]
+        return size, size
+    sizes = []
+    for name in ("kernel_size", "stride"):
+        size = getattr(info.module, name, 1)
+        if isinstance(size, tuple):
+            size = size[0]
+        sizes.append(size)
+    return sizes
+
+
+@torch.no_grad()
+def record_outputs(model, modules, data):
+    """Return the modules and their outputs for one batch, a list of pairs in the order of their calls."""
+    outputs = []
+
+    def keep(module, inputs, output):
+        outputs.append((module, output.detach().cpu().clone()))
+
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    model.eval()
+    try:
+        model(data.to(next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def measure_fields(model, modules):
+    """Return the modules and their receptive fields, a list of pairs in the order of their calls.
+
+    A field is given by its side length in pixels, and None if it cannot be measured. It is the number of
+    rows of the image that the middle row of the output depends on: NaN in such a row makes the output NaN,
+    whatever the layers are, and whatever their weights. It is at most the height of the image.
+    """
+    rows = torch.zeros(SIDE, 1, SIDE, SIDE)
+    for row in range(SIDE):
+        rows[row, :, row] = float("nan")
+    fields = []
+    for module, output in record_outputs(model, modules, rows):
+        if output.dim() == 4:
+            output = output[:, :, output.shape[2] // 2]
+        depends = output.flatten(1).isnan().any(dim=1).nonzero()
+        field = None
+        if len(depends) > 0:
+            field = (depends.max() - depends.min() + 1).item()
+        fields.append((module, field))
+    return fields
+
+
+class Table:
+    """A table that a notebook shows as HTML, which scrolls on a narrow screen, and others as text."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __repr__(self):
+        lines = []
+        for row in self.rows:
+            cells = [str(cell).rjust(11) for cell in row[1:]]
+            lines.append(str(row[0]).ljust(24) + "".join(cells))
+        return "\n".join(lines)
+
+    def _repr_html_(self):
+        lines = []
+        for row in self.rows:
+            cells = [f"<td>{cell}</td>" for cell in row]
+            lines.append(f"<tr>{''.join(cells)}</tr>")
+        return f"<table>\n{chr(10).join(lines)}\n</table>"
+
+
+def summarize_model(model):
+    """Return the layers of a model as a `Table`, with the totals in the last row.
+
+    ReLU is left out: it changes neither the shape nor the receptive field, and has no parameters.
+    """
+    rows = [["layer", "output", "kernel", "stride", "parameters", "mult-adds", "field"]]
+    layers = layer_table(model)
+    for layer in layers:
+        if layer.kind == "ReLU":
+            continue
+        row = [f"{layer.name} {layer.kind}", "×".join(map(str, layer.output)), layer.kernel, layer.stride]
+        row += [f"{layer.parameters:,}", f"{layer.mult_adds:,}", layer.receptive_field or ""]
+        rows.append(row)
+    parameters = sum(parameter.numel() for parameter in unwrap(model).parameters())
+    mult_adds = sum(layer.mult_adds for layer in layers)
+    rows.append(["total", "", "", "", f"{parameters:,}", f"{mult_adds:,}", ""])
+    return Table(rows)
+
+
+#############################################
+#                   Plots                   #
+#############################################
+
+
+def show_figure(figure, name, alt):
+    """Display a figure with the alternative text `alt`.
+
+    Also save it as `name.png` if the environment variable `S7_FIGURES` names a folder.
+    """
+    folder = os.environ.get("S7_FIGURES")
+    shell = get_ipython()
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        figure.savefig(f"{folder}/{name}.png", dpi=110)
+    elif shell is None:
+        print(f"The figure {name} is not shown: set S7_FIGURES to a folder to save the figures there")
+    if shell is not None:
+        select_figure_formats(shell, {"png"})  # otherwise a kernel started with MPLBACKEND=agg shows none
+        display(figure, metadata={"image/png": {"alt": alt}})
+    plt.close(figure)
+
+
+def plot_digits(images, captions, title, name):
+    """Plot up to 20 images `(N, 1, 28, 28)` or `(N, 28, 28)`, dark on light, with captions."""
+    figure, axes = plt.subplots(4, 5, figsize=(6.5, 6.2), layout="constrained")
+    figure.suptitle(title)
+    for axis in axes.flat[len(images) :]:
+        axis.set_axis_off()
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+        axis.imshow(image.squeeze().numpy(), cmap="gray_r")
+        axis.set_title(caption, fontsize=9)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_color("lightgray")  # shows where the image ends
+    shown = ", ".join(map(str, captions[:20]))
+    show_figure(figure, name, f"{title}: {shown}".rstrip(": ,"))
+
+
+def plot_history(history, title, augmented_epochs=None):
+    """Plot loss, accuracy and learning rate per epoch, with the target and the end of the augmentation.
+
+    The axes are scaled to epoch 2 onward; epoch 1 may lie outside.
+    """
+    epochs = range(1, history.completed + 1)
+    figure, axes = plt.subplots(3, 1, figsize=(6.5, 7), layout="constrained", sharex=True)
+    loss_axis, accuracy_axis, rate_axis = axes
+    figure.suptitle(title)
+    plot_train_and_test(loss_axis, epochs, history.train_losses, history.test_losses)
+    plot_train_and_test(accuracy_axis, epochs, history.train_acc, history.test_acc)
+    accuracy_axis.axhline(TARGET_ACCURACY, color="gray", linestyle="--", label=f"{TARGET_ACCURACY} %")
+    rate_axis.plot(epochs, history.learning_rates, "-o", color="gray", markersize=3)
+    if history.completed > 2:  # the first epoch would compress the rest
+        loss_axis.set_ylim(0, 1.1 * max(history.train_losses[1:] + history.test_losses[1:]))
+        accuracy_axis.set_ylim(min(history.train_acc[1:] + history.test_acc[1:]) - 0.3, 100)
+    rate_axis.set_ylim(0, None)
+    loss_axis.set_ylabel("loss")
+    accuracy_axis.set_ylabel("accuracy (%)")
+    rate_axis.set_ylabel("learning rate")
+    rate_axis.set_xlabel("epoch")
+    rate_axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if augmented_epochs is not None and 0 < augmented_epochs < history.completed:
+            axis.axvline(augmented_epochs + 0.5, color="gray", linestyle=":", label="augmentation ends")
+    for axis in (loss_axis, accuracy_axis):
+        axis.legend()
+    summary = summarize_run(history, title).replace("\n", "; ")
+    show_figure(figure, "curves", f"Loss, accuracy and learning rate per epoch; {summary}")
+
+
+def plot_train_and_test(axis, epochs, train_values, test_values):
+    """Plot two lines, one value per epoch."""
+    axis.plot(epochs, train_values, "--o", color=TRAIN_COLOR, markersize=3, label="train")
+    axis.plot(epochs, test_values, "-o", color=TEST_COLOR, markersize=3, label="test")
+
+
+def first_epoch_above(accuracies, target=TARGET_ACCURACY):
+    """Return the first epoch from which every accuracy is at least `target` (percent), or None."""
+    first = None
+    for epoch, accuracy in enumerate(accuracies, 1):
+        if accuracy < target:
+            first = None
+        elif first is None:
+            first = epoch
+    return first
+
+
+def number_of(count, noun):
+    """Return a count with its noun, for example "1 epoch" or "15 epochs"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}s"
+
+
+def summarize_run(history, title):
+    """Return a summary of a run in at most four lines."""
+    completed = history.completed
+    if completed == 0:
+        return f"{title}: no completed epoch"
+    rates = f"{history.learning_rates[0]:.3g}"
+    if history.learning_rates[-1] != history.learning_rates[0]:
+        rates = f"from {rates} to {history.learning_rates[-1]:.3g}"
+    lines = [
+        f"{title}: {number_of(completed, 'epoch')}, learning rate {rates}",
+        f"last epoch: train {history.train_acc[-1]:.2f} %, test {history.test_acc[-1]:.2f} %",
+    ]
+    if completed > 1:
+        last_epochs = history.test_acc[-LAST_EPOCHS:]
+        lines.append(
+            f"test accuracy over the last {len(last_epochs)} epochs:"
+            f" mean {statistics.mean(last_epochs):.2f} %, minimum {min(last_epochs):.2f} %"
+        )
+    first = first_epoch_above(history.test_acc)
+    if first is not None:
+        lines.append(f"test accuracy ≥ {TARGET_ACCURACY} %: from epoch {first} on")
+    return "\n".join(lines)
+
+
+def check_target(history):
+    """Return whether a run meets the course target, as a sentence."""
+    target = f"at least {TARGET_ACCURACY} % test accuracy in each of the last {LAST_EPOCHS} epochs"
+    if history.completed < LAST_EPOCHS:
+        return f"{target}: this run has only {number_of(history.completed, 'epoch')}"
+    if min(history.test_acc[-LAST_EPOCHS:]) < TARGET_ACCURACY:
+        return f"{target}: not met"
+    return f"{target}: met"
+
+
+def most_confused(confusion, count=3):
+    """Return the most confused pairs of digits as text, one line per pair.
+
+    `confusion` `(10, 10)` counts images by true (row) and predicted (column) digit.
+    """
+    both_ways = (confusion + confusion.T).triu(diagonal=1)  # 4 predicted as 9, and 9 as 4
+    numbers, places = both_ways.flatten().sort(descending=True, stable=True)
+    lines = []
+    for number, place in zip(numbers[:count].tolist(), places[:count].tolist(), strict=True):
+        if number > 0:
+            one, other = divmod(place, DIGITS)
+            lines.append(f"{one} and {other}: {number_of(number, 'image')}")
+    return "\n".join(lines) or "no digits were confused"
+
+
+class Mistake(NamedTuple):
+    """A misclassified image."""
+
+    image: torch.Tensor  # normalized, (1, 28, 28)
+    target: int
+    predicted: int
+    probability: float  # of the predicted digit
+
+
+@torch.no_grad()
+def find_mistakes(model, device, test_loader):
+    """Return the confusion matrix and the misclassified images of a model.
+
+    The matrix `(10, 10)` counts images by true (row) and predicted (column) digit. The images are a
+    list of `Mistake`, most confident first.
+    """
+    model.eval()
+    confusion = torch.zeros(DIGITS, DIGITS, dtype=torch.long)
+    mistakes = []
+    for data, target in test_loader:
+        probability, predicted = model(data.to(device)).softmax(dim=1).max(dim=1)
+        target = target.cpu()
+        predicted = predicted.cpu()
+        confusion.index_put_((target, predicted), torch.ones_like(target), accumulate=True)
+        for i in target.ne(predicted).nonzero().flatten().tolist():
+            mistake = Mistake(data[i].cpu(), target[i].item(), predicted[i].item(), probability[i].item())
+            mistakes.append(mistake)
+    mistakes.sort(key=lambda mistake: mistake.probability, reverse=True)
+    return confusion, mistakes
+
+
+def plot_mistakes(mistakes, title):
+    """Plot up to 20 misclassified images in the given order, with true and predicted digit."""
+    images = [mistake.image for mistake in mistakes]
+    captions = [f"{m.target}→{m.predicted}  {m.probability:.0%}" for m in mistakes]
+    count = number_of(len(mistakes), "misclassified image")
+    plot_digits(images, captions, f"{title}: {count}, most confident first (true→predicted)", "mistakes")
+
+
+def plot_confusion(confusion, title):
+    """Plot the confusion matrix, its off-diagonal counts color-coded, and the accuracy per digit."""
+    accuracy = 100 * confusion.diag() / confusion.sum(dim=1).clamp(min=1)  # a digit may not occur
+    wrong = confusion.clone().fill_diagonal_(0)
+    figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
+    axis.imshow(wrong.numpy(), cmap="Oranges", vmax=max(2 * wrong.max().item(), 1))
+    for target in range(DIGITS):
+        for predicted in range(DIGITS):
+            count = confusion[target, predicted].item()
+            axis.text(predicted, target, count or "·", color="black", ha="center", va="center", fontsize=9)
+    labels = [f"{digit}  ({share:.1f} %)" for digit, share in enumerate(accuracy.tolist())]
+    axis.set_yticks(range(DIGITS), labels)
+    axis.set_xticks(range(DIGITS))
+    axis.set_xlabel("predicted digit")
+    axis.set_ylabel("true digit (accuracy)")
+    axis.set_title(f"{title}: confusion matrix")
+    count = number_of(wrong.sum().item(), "misclassified image")
+    show_figure(figure, "confusion", f"{title}: confusion matrix with {count}")
+
+
+FEATURE_COLUMNS = 10  # how many channels `plot_features` shows
+
+
+def plot_features(model, image, title):
+    """Plot one image, the filters of a model's first layer, and what each of its blocks makes of the image.
+
+    `image` is normalized, `(1, 28, 28)`. Each row shows the first ten channels of a block, on a common
+    scale from dark (low) to light (high), with their size and receptive field. Blocks whose output is no
+    image are left out.
+    """
+    model = unwrap(model)
+    rows = [("image", image)]
+    filters = next(model.parameters()).detach().cpu()
+    if filters.dim() == 4 and filters.shape[1] == 1:
+        height, width = filters.shape[2:]
+        rows.append((f"filters\n{height}×{width}", filters[:, 0]))
+    names = {block: name for name, block in model.named_children()}
+    fields = measure_fields(model, list(names))
+    outputs = record_outputs(model, list(names), image.unsqueeze(0))
+    for (block, output), (_, field) in zip(outputs, fields, strict=True):
+        if output.dim() == 4:
+            channels, height, width = output.shape[1:]
+            label = f"{names[block]}\n{channels}×{height}×{width}\nfield {field}"
+            rows.append((label, output[0]))
+    figure, axes = plt.subplots(
+        len(rows), FEATURE_COLUMNS, figsize=(7, 0.72 * len(rows)), layout="constrained", squeeze=False
+    )
+    figure.suptitle(title, fontsize=10)
+    for row_axes, (label, channels) in zip(axes, rows, strict=True):
+        low = channels.min().item()
+        high = channels.max().item()
+        for axis, channel in zip(row_axes, channels, strict=False):
+            axis.imshow(channel.numpy(), cmap="gray", vmin=low, vmax=high)
+        for axis in row_axes:
+            axis.set(xticks=[], yticks=[])
+        for axis in row_axes[len(channels) :]:
+            axis.set_axis_off()
+        row_axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    if rows[-1][1].shape == (DIGITS, 1, 1):
+        for digit, axis in enumerate(axes[-1]):
+            axis.set_xlabel(digit)
+    show_figure(figure, "features", f"{title}: the filters of the first layer, then one row per block")
+
+
+def plot_fields(model, image, title):
+    """Draw the receptive field of each block of a model as a square on one image `(28, 28)`.
+
+    Blocks with the same receptive field share a square.
+    """
+    model = unwrap(model)
+    names = {block: name for name, block in model.named_children()}
+    members = {}
+    for block, field in measure_fields(model, list(names)):
+        if field is not None:
+            members.setdefault(field, []).append(names[block])
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    axis.imshow(image.numpy(), cmap="gray_r")
+    colors = plt.get_cmap("viridis")
+    for number, (field, blocks) in enumerate(members.items()):
+        corner = (SIDE - field) / 2 - 0.5
+        square = plt.Rectangle((corner, corner), field, field, fill=False, linewidth=2)
+        square.set_edgecolor(colors(number / len(members)))
+        square.set_label(f"{field}×{field}: {', '.join(blocks)}")
+        axis.add_patch(square)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=10)
+    figure.legend(loc="outside right center")
+    show_figure(figure, "fields", f"{title}, as squares on one image")
