@@ -192,7 +192,7 @@ def show_figure(figure, name, alt):
 def plot_digits(images, captions, title, name):
     """Plot up to 20 images `(N, 1, 28, 28)` or `(N, 28, 28)`, dark on light, with captions."""
     figure, axes = plt.subplots(4, 5, figsize=(6.5, 6.2), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10)
     for axis in axes.flat[len(images) :]:
         axis.set_axis_off()
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
@@ -345,7 +345,7 @@ def plot_mistakes(mistakes, title):
     images = [mistake.image for mistake in mistakes]
     captions = [f"{m.target}→{m.predicted}  {m.probability:.0%}" for m in mistakes]
     count = number_of(len(mistakes), "misclassified image")
-    plot_digits(images, captions, f"{title}: {count}, most confident first (true→predicted)", "mistakes")
+    plot_digits(images, captions, f"{title}: {count} (true→predicted), most confident first", "mistakes")
 
 
 def plot_confusion(confusion, title):
