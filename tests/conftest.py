@@ -12,8 +12,8 @@ import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))  # first: both have a file plots.py
 
 matplotlib.use("agg")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores Ctrl-C
