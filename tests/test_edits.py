@@ -1,0 +1,430 @@
+"""What a student changes in the notebook works bit for bit, also when it is resumed, or is named.
+
+The cells are run as a notebook runs them: two short epochs of Model4, the first one augmented. An edit is a
+dictionary from a text of the cells to the text in its place.
+"""
+
+import json
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from helpers import assert_identical
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
+
+import utils
+
+NOTEBOOK = json.loads((ROOT / "S7.ipynb").read_text(encoding="utf-8"))
+CELLS = {cell["id"]: "".join(cell["source"]) for cell in NOTEBOOK["cells"]}
+BEFORE_TRAINING = ("imports-code", "settings-code", "data-code", "batch-code")
+WITHOUT_HISTORY_FILE = Config({"HistoryManager": {"enabled": False}})
+CHECKPOINT = "checkpoints/Model4-seed1.pt"
+
+# The texts that are edited
+BEFORE = "criterion ="  # a cell before, and this line
+LOSS = "F.nll_loss"
+MODEL = "model = create_model(MODEL)"
+OPTIMIZER = "torch.optim.SGD(model.parameters(), **recipe.sgd)"
+SCHEDULER = "recipe.scheduler(optimizer, **recipe.scheduler_args)"
+TRAIN_LOADER = "BatchLoader(train_set, batch_size, device, shuffle=True, augmentation=recipe.augmentation)"
+TEST_LOADER = "BatchLoader(test_set, batch_size, device)"
+AUGMENTATION = "recipe.augmentation"
+FREEZE = {"optimizer = ": "model.block1.requires_grad_(False)\noptimizer = "}
+WITHOUT_STEP = {"    elif scheduler is not None:\n        scheduler.step()\n": ""}
+
+
+class Notebook:
+    """A new kernel that has run the cells before training, with a few stand-in digits."""
+
+    def __init__(self, edits):
+        InteractiveShell.clear_instance()
+        self.shell = InteractiveShell.instance(config=WITHOUT_HISTORY_FILE)
+        self.shell.showtraceback = lambda *args, **options: None  # the error is raised instead
+        cells = CELLS["check-code"] + "#----\n" + CELLS["training-code"]
+        for old, new in edits.items():
+            assert cells.count(old) == 1, old
+            cells = cells.replace(old, new)
+        check, self.training = cells.split("#----\n")
+        for name in BEFORE_TRAINING:
+            self.run(CELLS[name])
+        self.run(check)
+
+    def __getitem__(self, name):
+        return self.shell.user_ns[name]
+
+    def run(self, cell):
+        self.shell.run_cell(cell, store_history=True).raise_error()
+
+    def train(self):
+        self.run(self.training)
+
+
+@pytest.fixture(autouse=True)
+def settings(small, tmp_path, monkeypatch):
+    """Prepare short epochs in an empty folder; undo what a shell and the edits change elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "load_data", lambda: (small(40), small(20, train=False)))
+    monkeypatch.setitem(utils.RECIPES, "Model4", replace(utils.RECIPES["Model4"], clean_epochs=1))
+    monkeypatch.setenv("S7_EPOCHS", "2")
+    monkeypatch.setenv("S7_BATCH_SIZE", "20")
+    monkeypatch.setattr(utils, "MEAN", utils.MEAN)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+        yield
+    InteractiveShell.clear_instance()
+
+
+def train_one_epoch(edits, monkeypatch):
+    """Train in a kernel that is stopped when the checkpoint of the first epoch is complete."""
+    record = utils.Run.record
+
+    def record_and_stop(*results):
+        record(*results)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils.Run, "record", record_and_stop)
+        Notebook(edits).train()
+
+
+def resume(edits, monkeypatch):
+    """Train in a new kernel with RESUME = True; return the notebook."""
+    monkeypatch.setenv("S7_RESUME", "True")
+    notebook = Notebook(edits)
+    notebook.train()
+    return notebook
+
+
+def own(text):
+    """Return the edit that defines something in a cell before."""
+    return {BEFORE: f"{text}\n{BEFORE}"}
+
+
+OWN_LOSS = own("""
+WEIGHT = 1
+def loss(output, target):
+    return WEIGHT * F.nll_loss(output, target)
+""") | {LOSS: "loss"}
+OWN_NETWORK = own("""
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = 1
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+    def forward(self, x):
+        return F.log_softmax(self.scale * self.layers(x), dim=1)
+""") | {MODEL: "model = Own()"}
+LOGITS = {MODEL: "model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))"}
+OWN_TRAIN = own("""
+def train(model, device, train_loader, optimizer, criterion):
+    for data, target in train_loader:
+        optimizer.zero_grad()
+        loss = criterion(model(data), target)
+        loss.backward()
+        optimizer.step()
+    return loss.item(), 50
+""")
+OWN_AUGMENTATION = own("def shift(data):\n    return data.roll(1, 3)") | {AUGMENTATION: "shift"}
+DATA_LOADER = {
+    TRAIN_LOADER: "torch.utils.data.DataLoader(train_set, batch_size, shuffle=True)",
+    TEST_LOADER: "torch.utils.data.DataLoader(test_set, batch_size)",
+}
+RANDOM_SPLIT = own("part, _ = torch.utils.data.random_split(train_set, [20, 20])") | {
+    TRAIN_LOADER: "torch.utils.data.DataLoader(part, batch_size, shuffle=True)"
+}
+TRANSFORM = own("""
+from torchvision import datasets, transforms
+transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.1, 0.3)])
+fake = datasets.FakeData(40, (1, 28, 28), transform=transform)
+""") | {TRAIN_LOADER: "torch.utils.data.DataLoader(fake, batch_size, shuffle=True)"}
+WARM_UP = (
+    "torch.optim.lr_scheduler.SequentialLR(optimizer, [torch.optim.lr_scheduler.LinearLR(optimizer),"
+    " torch.optim.lr_scheduler.StepLR(optimizer, 1)], milestones=[1])"
+)
+COSINE = "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)"
+LAMBDA = "torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)"
+NUMPY_RATES = own("import numpy as np") | {
+    SCHEDULER: "torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.exp(-epoch))"
+}
+TWO_GROUPS = (
+    "torch.optim.SGD([{'params': model.block1.parameters()},"
+    " {'params': model.logits.parameters(), 'lr': 0.01}], lr=0.1, momentum=0.9)"
+)
+NUMPY_RESULTS = own("import numpy as np") | {
+    "record(train_loss, train_acc,": "record(np.float64(train_loss), torch.tensor(train_acc),"
+}
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        pytest.param({}, id="unchanged"),
+        pytest.param({LOSS: "nn.NLLLoss()"}, id="NLLLoss"),
+        pytest.param({LOSS: "nn.CrossEntropyLoss(label_smoothing=0.1)"}, id="CrossEntropyLoss"),
+        pytest.param({LOSS: "lambda output, target: F.nll_loss(output, target)"}, id="lambda"),
+        pytest.param(OWN_LOSS, id="own loss"),
+        pytest.param(LOGITS | {LOSS: "F.cross_entropy"}, id="logits with cross entropy"),
+        pytest.param({SCHEDULER: "None"}, id="no scheduler"),
+        pytest.param({SCHEDULER: "ReduceLROnPlateau(optimizer, patience=0, threshold=9)"}, id="plateau"),
+        pytest.param({SCHEDULER: WARM_UP}, id="SequentialLR"),
+        pytest.param({SCHEDULER: LAMBDA}, id="LambdaLR"),
+        pytest.param(NUMPY_RATES, id="NumPy rates"),
+        pytest.param({OPTIMIZER: "torch.optim.AdamW(model.parameters(), amsgrad=True)"}, id="AdamW"),
+        pytest.param({OPTIMIZER: "torch.optim.Adagrad(model.parameters())"}, id="state from the start"),
+        pytest.param({OPTIMIZER: TWO_GROUPS}, id="two parameter groups"),
+        pytest.param(FREEZE, id="frozen layers"),
+        pytest.param(DATA_LOADER, id="DataLoader"),
+        pytest.param(RANDOM_SPLIT, id="random_split"),
+        pytest.param(TRANSFORM, id="torchvision data set"),
+        pytest.param(OWN_AUGMENTATION, id="own augmentation"),
+        pytest.param(OWN_NETWORK, id="own network"),
+        pytest.param(OWN_TRAIN, id="own train"),
+        pytest.param(NUMPY_RESULTS, id="results of NumPy and PyTorch"),
+    ],
+)
+def test_edit_works_and_resumes_bit_identically(edits, monkeypatch, capsys):
+    Notebook(edits).train()
+    whole = utils.load_checkpoint(CHECKPOINT)
+    train_one_epoch(edits, monkeypatch)
+    notebook = resume(edits, monkeypatch)
+    text = capsys.readouterr().out
+    assert "Resuming after epoch 1 of 2" in text
+    assert "Warning" not in text
+    assert notebook["run"].history.completed == 2
+    assert_identical(utils.load_checkpoint(CHECKPOINT), whole)
+
+
+def test_own_train_is_used_and_shown(capsys):
+    notebook = Notebook(OWN_TRAIN)
+    notebook.run(CELLS["functions-code"])
+    assert "return loss.item(), 50\n" in capsys.readouterr().out
+    notebook.train()
+    assert notebook["run"].history.train_acc == [50, 50]
+
+
+@pytest.mark.parametrize("wrapper", ["torch.compile(model, backend='eager')", "nn.DataParallel(model)"])
+def test_wrapped_network_is_the_one_inside(wrapper):
+    Notebook({}).train()
+    plain = utils.load_checkpoint(CHECKPOINT)
+    notebook = Notebook({"optimizer = ": f"model = {wrapper}\noptimizer = "})
+    notebook.train()
+    wrapped = utils.load_checkpoint(CHECKPOINT)
+    assert notebook["run"].title == "Model4 on stand-in digits (not MNIST)"
+    assert utils.list_differences(wrapped["description"], plain["description"]) == ""
+    for part in ("model", "optimizer", "history"):
+        assert_identical(wrapped[part], plain[part])
+
+
+# ---- a run is what is really trained ----
+
+
+def with_text(edits, old, new):
+    """Return edits in whose new texts another text is replaced."""
+    assert any(old in text for text in edits.values()), old
+    return {place: text.replace(old, new) for place, text in edits.items()}
+
+
+LAMBDA_LOSS = {LOSS: "lambda output, target: 1 * F.nll_loss(output, target)"}
+SMOOTH_LOSS = {LOSS: "nn.CrossEntropyLoss(label_smoothing=0.1)"}
+LAMBDA_SCHEDULE = {SCHEDULER: LAMBDA}
+
+
+@pytest.mark.parametrize(
+    ("saved", "current", "named"),
+    [
+        pytest.param(OWN_LOSS, with_text(OWN_LOSS, "T * F", "T + F"), "criterion: .*T [+] F", id="loss body"),
+        pytest.param(OWN_LOSS, with_text(OWN_LOSS, "= 1", "= 2"), "criterion.WEIGHT: .* 1,.* 2", id="global"),
+        pytest.param(
+            LAMBDA_LOSS, with_text(LAMBDA_LOSS, "1 *", "2 *"), "criterion: .*1 [*].*2 [*]", id="lambda"
+        ),
+        pytest.param(
+            SMOOTH_LOSS, with_text(SMOOTH_LOSS, "0.1", "0.2"), "label_smoothing: .*0.1,.*0.2", id="option"
+        ),
+        pytest.param({}, {LOSS: "F.cross_entropy"}, "criterion: .*nll_loss,.*cross_entropy", id="loss"),
+        pytest.param(
+            OWN_AUGMENTATION,
+            with_text(OWN_AUGMENTATION, "(1, 3)", "(1, 2)"),
+            "train_loader.augmentation: .*3.*, 2",
+            id="body of the augmentation",
+        ),
+        pytest.param(
+            {},
+            {AUGMENTATION: "utils.partial(recipe.augmentation, degrees=20)"},
+            "augmentation.keywords.degrees: .* 10,.* 20",
+            id="augmentation",
+        ),
+        pytest.param({}, {"EPOCHS - recipe.clean_epochs": "2"}, "augmented_epochs: .* 1,.* 2", id="its end"),
+        pytest.param(
+            OWN_NETWORK,
+            with_text(OWN_NETWORK, "scale = 1", "scale = 2"),
+            "network.scale: .* 1,.* 2",
+            id="attribute",
+        ),
+        pytest.param(
+            OWN_NETWORK,
+            with_text(OWN_NETWORK, "self.layers(x)", "self.layers(-x)"),
+            r"network.forward: .*\(-x\)",
+            id="forward",
+        ),
+        pytest.param({}, FREEZE, "block1.0.weight: .*True,.*False", id="frozen layers"),
+        pytest.param(
+            {}, {MODEL: "model = create_model('Model1')"}, "network: .*Model4,.*Model1", id="network"
+        ),
+        pytest.param({}, own("train_set.images[0] += 1"), "train_loader.dataset.images: ", id="images"),
+        pytest.param({}, own("train_set.labels[0] += 1"), "train_loader.dataset.labels: ", id="labels"),
+        pytest.param({}, own("test_set.images[0] += 1"), "test_loader.dataset.images: ", id="test set"),
+        pytest.param({}, own("utils.MEAN = 0.5"), "train_loader.data: ", id="mean"),
+        pytest.param({}, {"BATCH_SIZE or": "10 or"}, "train_loader.batch_size: .* 20,.* 10", id="batch size"),
+        pytest.param({}, {"shuffle=True": "shuffle=False"}, "shuffle: .*True,.*False", id="order"),
+        pytest.param(
+            DATA_LOADER,
+            with_text(DATA_LOADER, "batch_size, shuffle", "10, shuffle"),
+            "train_loader.batch_size: .* 20,.* 10",
+            id="batch size of a DataLoader",
+        ),
+        pytest.param(
+            TRANSFORM, with_text(TRANSFORM, "(0.1,", "(0.2,"), "transform.* 0.1,.* 0.2", id="transform"
+        ),
+        pytest.param(
+            {}, {"**recipe.sgd": "lr=0.05"}, "optimizer.group 1 lr: .* 0.1,.* 0.05", id="learning rate"
+        ),
+        pytest.param(
+            {}, {"torch.optim.SGD": "torch.optim.NAdam", "**recipe.sgd": ""}, "SGD,.*NAdam", id="optimizer"
+        ),
+        pytest.param({}, {SCHEDULER: COSINE}, "scheduler: .*StepLR,.*CosineAnnealingLR", id="scheduler"),
+        pytest.param(
+            {SCHEDULER: COSINE},
+            {SCHEDULER: COSINE.replace("=2", "=4")},
+            "scheduler.T_max: .* 2,.* 4",
+            id="length of the schedule",
+        ),
+        pytest.param(
+            LAMBDA_SCHEDULE, with_text(LAMBDA_SCHEDULE, "0.5", "0.7"), "lr_lambdas.*0.5.*0.7", id="schedule"
+        ),
+        pytest.param({}, {"    SEED,\n": "    2,\n"}, "seed: checkpoint 1, current 2", id="seed"),
+    ],
+)
+def test_other_run_is_refused_by_name_in_one_short_line(saved, current, named, monkeypatch):
+    train_one_epoch(saved, monkeypatch)
+    with pytest.raises(ValueError, match=f"different run .*{named}") as error:
+        resume(current, monkeypatch)
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 600
+    assert "RESUME" in message
+
+
+@pytest.mark.parametrize(
+    ("saved", "current", "warning"),
+    [
+        pytest.param({}, WITHOUT_STEP, "the training cell .*\n-        scheduler.step()", id="training cell"),
+        pytest.param(
+            OWN_TRAIN,
+            with_text(OWN_TRAIN, "loss.backward()", "loss = 2 * loss\n        loss.backward()"),
+            "train has .*\n[+]        loss = 2 [*] loss\n",
+            id="own train",
+        ),
+        pytest.param(OWN_TRAIN, {}, "train has .*\n-def train", id="own train is missing"),
+    ],
+)
+def test_edit_of_the_loop_is_shown_and_the_run_continues(saved, current, warning, monkeypatch, capsys):
+    train_one_epoch(saved, monkeypatch)
+    notebook = resume(current, monkeypatch)
+    assert re.search(f"Warning: {warning}", capsys.readouterr().out)
+    assert notebook["run"].history.completed == 2
+
+
+@pytest.mark.parametrize("name", ["model.py", "utils.py"])
+def test_edit_of_a_file_is_shown_and_the_run_continues(name, monkeypatch, capsys):
+    train_one_epoch({}, monkeypatch)
+    state = utils.load_checkpoint(CHECKPOINT)
+    state["sources"][name] += "# a line\n"
+    torch.save(state, CHECKPOINT)
+    notebook = resume({}, monkeypatch)
+    assert f"Warning: {name} has changed since the checkpoint (- before, + now):\n-# a line\n" in (
+        capsys.readouterr().out
+    )
+    assert notebook["run"].history.completed == 2
+
+
+def test_option_of_a_newer_pytorch_is_no_difference(monkeypatch):
+    train_one_epoch({}, monkeypatch)
+    state = utils.load_checkpoint(CHECKPOINT)
+    del state["description"]["optimizer.group 1 nesterov"]
+    torch.save(state, CHECKPOINT)
+    assert resume({}, monkeypatch)["run"].history.completed == 2
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("edits", "error", "message"),
+    [
+        pytest.param(LOGITS, ValueError, "negative.*log_softmax.*cross_entropy", id="logits with nll_loss"),
+        pytest.param(
+            {OPTIMIZER: OPTIMIZER.replace("model", "create_model(MODEL)")},
+            ValueError,
+            "optimizer has parameters that are not the model's",
+            id="parameters of another network",
+        ),
+        pytest.param(
+            {SCHEDULER: SCHEDULER.replace("optimizer,", "torch.optim.SGD(model.parameters()),")},
+            ValueError,
+            "scheduler belongs to another optimizer",
+            id="scheduler of another optimizer",
+        ),
+        pytest.param(
+            RANDOM_SPLIT | {TRAIN_LOADER: "BatchLoader(part, 20, device)"},
+            TypeError,
+            "BatchLoader needs a DigitSet, not Subset: .*DataLoader",
+            id="Subset without DataLoader",
+        ),
+        pytest.param(own("EPOCHS = 0"), ValueError, "EPOCHS is 0", id="no epochs, as papermill sets them"),
+    ],
+)
+def test_edit_that_cannot_work_is_an_error_that_names_it(edits, error, message):
+    with pytest.raises(error, match=message):
+        Notebook(edits).train()
+
+
+# ---- the loop alone ----
+
+
+@pytest.mark.parametrize("batch", [pytest.param(2, id="first epoch"), pytest.param(5, id="second epoch")])
+def test_loop_continues_bit_identically_after_an_interruption(batch, monkeypatch, capsys):
+    """An epoch has two batches of training and one of the test; the loop is in a cell of its own."""
+    notebook = Notebook({})
+    before, loop = notebook.training.split("for epoch in")
+    loop = f"for epoch in{loop}"
+    notebook.run(before)
+    notebook.run(loop)
+    whole = utils.load_checkpoint(CHECKPOINT)
+    count = utils.GetCorrectPredCount
+    calls = []
+
+    def interrupt(pred, target):
+        calls.append(target)
+        if len(calls) == batch:
+            raise KeyboardInterrupt
+        return count(pred, target)
+
+    notebook.run(before)
+    monkeypatch.setattr(utils, "GetCorrectPredCount", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        notebook.run(loop)
+    notebook.run(loop)
+    assert f"Back to the state after epoch {batch // 4}\n" in capsys.readouterr().out
+    assert_identical(utils.load_checkpoint(CHECKPOINT), whole)
+
+
+def test_new_run_without_a_scheduler_keeps_the_finished_one():
+    Notebook({}).train()
+    finished = utils.load_checkpoint(CHECKPOINT)
+    Notebook({SCHEDULER: "None"}).train()
+    assert_identical(utils.load_checkpoint("checkpoints/Model4-seed1.previous-1.pt"), finished)
