@@ -41,7 +41,7 @@ def isolation(monkeypatch, tmp_path):
         if name.startswith("S7_") or name.lower() in PROXY_VARIABLES:
             monkeypatch.delenv(name)
     monkeypatch.setenv("MNIST_ROOT", str(tmp_path))
-    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])  # nothing listens there
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])  # refused
     torch.manual_seed(0)
 
 
