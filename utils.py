@@ -656,8 +656,8 @@ class Run:
                 f"{self.path} has {completed} completed epochs: set EPOCHS to at least that number, or"
                 " RESUME = False"
             )
-        for name, text in self.sources.items():
-            print_changes(name, state["sources"].get(name, ""), text)
+        for name in state["sources"] | self.sources:
+            print_changes(name, state["sources"].get(name, ""), self.sources.get(name, ""))
         self._restore(state)
         print(f"Resuming after epoch {completed} of {self.epochs}")
 
