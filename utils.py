@@ -805,8 +805,8 @@ def list_differences(saved, current):
         lines = itertools.zip_longest(there.splitlines(), here.splitlines(), fillvalue="nothing")
         for before, now in lines:
             if before != now:
-                before = textwrap.shorten(before, 60)
-                now = textwrap.shorten(now, 60)
+                before = textwrap.shorten(before, 90)
+                now = textwrap.shorten(now, 90)
                 differences.append(f"{name}: checkpoint {before}, current {now}")
                 break
     if len(differences) > 3:
