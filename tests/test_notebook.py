@@ -1,4 +1,7 @@
-"""The notebook: its cells in any order, executed in an empty folder, compared by nbval, and as committed."""
+"""The notebook: its cells in any order, the setup cell, executed, compared by nbval, and as committed.
+
+`test_edits.py` has what a student changes in the cells.
+"""
 
 import json
 import os
@@ -10,58 +13,50 @@ import sys
 
 import pytest
 import torch
-from common import train_model
+import torch.nn.functional as F
 from conftest import PROXY_VARIABLES, ROOT
 from helpers import assert_identical
+from jupyter_client.manager import start_new_kernel
 
 import utils
 from model import create_model
 
 NOTEBOOK = json.loads((ROOT / "S7.ipynb").read_text(encoding="utf-8"))
-CODE_CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-SOURCES = ["".join(cell["source"]) for cell in CODE_CELLS]
-HAS_OUTPUTS = any(cell["outputs"] for cell in CODE_CELLS)
-
-
-def source_with(text):
-    """Return the source of the first code cell that contains `text`."""
-    return next(source for source in SOURCES if text in source)
-
-
-SETUP = SOURCES[0]
-SETTINGS = source_with("check_settings(MODEL")
-NETWORK = source_with("summarize_model(create_model(MODEL))")
-AUGMENTATION = source_with(".augmentation(copies)")
-TRAINING = source_with("run.remaining_epochs()")
-RESULTS = source_with("summarize_run(")
-MISTAKES = source_with("find_mistakes(")
-CONFUSION = source_with("plot_confusion(")
-BEFORE_TRAINING = SOURCES[1 : SOURCES.index(TRAINING)]
-AFTER_TRAINING = SOURCES[SOURCES.index(TRAINING) + 1 :]
+MARKDOWN = "\n".join("".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "markdown")
+CODE_CELLS = {cell["id"]: cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"}
+CELLS = {name: "".join(cell["source"]) for name, cell in CODE_CELLS.items()}
+NAMES = list(CELLS)
+TRAINING = NAMES.index("training-code")
+BEFORE_TRAINING = NAMES[1:TRAINING]
+AFTER_TRAINING = NAMES[TRAINING + 1 :]
 
 
 # ---- cells in any order ----
 
 
 class Kernel:
-    """Runs cells in one namespace, as a notebook kernel does."""
+    """Runs cells, given by id, in one namespace, as a notebook kernel does."""
 
     def __init__(self):
         self.names = {}
 
-    def run(self, *sources):
-        for source in sources:
-            exec(compile(source, "cell", "exec"), self.names)
+    def run(self, *cells):
+        for cell in cells:
+            exec(compile(CELLS[cell], cell, "exec"), self.names)
+
+    def train(self):
+        self.run("settings-code", "training-code")
 
 
 @pytest.fixture
 def kernel(small, tmp_path, monkeypatch):
-    """Return a kernel that has run all cells before training: Model3, two epochs, 300 stand-in digits."""
+    """Return a kernel that has run all cells before training: Model3, two epochs, 200 stand-in digits."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "images", tmp_path / "images")
-    monkeypatch.setattr(utils, "load_data", lambda: (small(300), small(100, train=False)))
+    monkeypatch.setattr(utils, "load_data", lambda: (small(200), small(100, train=False)))
     monkeypatch.setenv("S7_MODEL", "Model3")
     monkeypatch.setenv("S7_EPOCHS", "2")
+    monkeypatch.setenv("S7_BATCH_SIZE", "100")
     kernel = Kernel()
     kernel.run(*BEFORE_TRAINING)
     return kernel
@@ -71,177 +66,167 @@ def checkpoint(name="Model3-seed1"):
     return utils.load_checkpoint(f"checkpoints/{name}.pt")
 
 
-def interrupt_batch(monkeypatch, number):
-    """Send Ctrl-C in the batch with this number, counted from 1; an epoch has three and one for the test."""
-    calls = []
-    real = utils.GetCorrectPredCount
-
-    def count(pred, target):
-        calls.append(len(target))
-        if len(calls) == number:
-            signal.raise_signal(signal.SIGINT)
-        return real(pred, target)
-
-    monkeypatch.setattr(utils, "GetCorrectPredCount", count)
-
-
-def test_rerun_training_cell_gives_bit_identical_results(kernel):
-    kernel.run(TRAINING)
+def test_training_again_after_other_cells_gives_bit_identical_results(kernel):
+    kernel.train()
     first = checkpoint()
-    kernel.run(TRAINING)
+    kernel.run("check-code", "augmentation-code", "layers-code", "training-code")
     assert_identical(checkpoint(), first)
 
 
-def test_training_does_not_depend_on_the_cells_before_it(kernel):
-    kernel.run(TRAINING)
-    first = checkpoint()
-    kernel.run(NETWORK, AUGMENTATION, NETWORK, TRAINING)
-    assert_identical(checkpoint(), first)
-
-
-def test_changed_settings_are_used_and_recorded_by_the_training_cell_alone(kernel, monkeypatch, capsys):
-    kernel.run(TRAINING)
+def test_training_cell_trains_as_a_plain_loop_of_pytorch_with_the_settings_of_its_last_run(
+    kernel, small, monkeypatch
+):
+    """Seven epochs of Model4 are one with augmentation and six without."""
+    kernel.train()
     monkeypatch.setenv("S7_MODEL", "Model4")
     monkeypatch.setenv("S7_EPOCHS", "7")
-    monkeypatch.setenv("S7_BATCH_SIZE", "32")
-    augmented = []
-    real = utils.affine
+    monkeypatch.setenv("S7_BATCH_SIZE", "80")
+    monkeypatch.setenv("S7_SEED", "2")
+    kernel.train()
 
-    def count_augmented_batch(data, *amounts):
-        augmented.append(len(data))
-        return real(data, *amounts)
+    train_set = small(200)
+    images = utils.normalize(train_set.images)
+    torch.manual_seed(2)
+    model = create_model("Model4")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    for epoch in range(1, 8):
+        torch.manual_seed(2000 + epoch)
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.75 ** (epoch - 1)
+        for index in torch.randperm(200).split(80):
+            data = images[index]
+            if epoch == 1:
+                data = utils.random_affine(data, degrees=10, shift=0.06, scale=0.06)
+            optimizer.zero_grad()
+            F.nll_loss(model(data), train_set.labels[index]).backward()
+            optimizer.step()
+    test_set = small(100, train=False)
+    with torch.no_grad():
+        output = model.eval()(utils.normalize(test_set.images))
 
-    monkeypatch.setattr(utils, "affine", count_augmented_batch)
-    capsys.readouterr()
-    kernel.run(SETTINGS, TRAINING)
-    state = checkpoint("Model4-seed1")
-    assert "Model4 with 7,824 parameters" in capsys.readouterr().out
-    assert "batches of 32" in state["description"]["data"]
-    assert state["model"].keys() == create_model("Model4").state_dict().keys()
+    state = checkpoint("Model4-seed2")
+    for name, value in model.state_dict().items():
+        assert torch.allclose(state["model"][name], value, atol=1e-4), name
     assert len(state["history"]["test_acc"]) == 7
-    assert augmented == [32] * 9 + [12]  # one epoch of 300 images is augmented, six are not
+    assert state["history"]["test_losses"][-1] == pytest.approx(
+        F.nll_loss(output, test_set.labels).item(), abs=1e-4
+    )
 
 
-def test_edited_training_cell_cannot_resume_the_run_of_the_original(kernel, monkeypatch):
-    kernel.run(TRAINING)
-    before = checkpoint()
-    monkeypatch.setenv("S7_RESUME", "True")
-    edited = TRAINING.replace("torch.optim.SGD(", "torch.optim.NAdam(").replace("**recipe.sgd", "lr=0.01")
-    with pytest.raises(ValueError, match="optimizer: checkpoint SGD.*current NAdam"):
-        kernel.run(SETTINGS, edited)
-    assert_identical(checkpoint(), before)
-
-
-def test_plateau_scheduler_with_mode_max_follows_the_accuracy(kernel):
-    """The accuracy rises and the loss falls: a scheduler that is fed the loss would drop the rate."""
-    edited = TRAINING.replace("**recipe.scheduler_args", "mode='max', patience=0")
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_plateau_scheduler_follows_the_loss_or_the_accuracy(kernel, monkeypatch, mode):
+    """The loss falls and the accuracy rises: with the other one of the two, the rate would drop."""
     results = iter([(0.5, 50.0), (0.4, 60.0)])
-    test = "test = lambda *args: next(results)\n"
-    kernel.names["results"] = results
-    kernel.run(edited.replace("for epoch in", f"{test}for epoch in"))
+    kernel.names["test"] = lambda *args: next(results)
+    monkeypatch.setitem(utils.RECIPES["Model3"].scheduler_args, "mode", mode)
+    monkeypatch.setitem(utils.RECIPES["Model3"].scheduler_args, "patience", 0)
+    kernel.train()
     assert kernel.names["optimizer"].param_groups[0]["lr"] == 0.01
 
 
-def test_later_cells_report_the_run_and_not_the_settings(kernel, monkeypatch, capsys):
-    kernel.run(TRAINING)
+def test_later_cells_report_the_run_and_not_the_settings(kernel, figures, monkeypatch, capsys):
+    kernel.train()
     monkeypatch.setenv("S7_MODEL", "Model1")
+    kernel.run("settings-code")
     capsys.readouterr()
-    kernel.run(SETTINGS, RESULTS)
-    assert "Model3 on stand-in digits (not MNIST): 2 epochs" in capsys.readouterr().out
+    figures.clear()
+    kernel.run(*AFTER_TRAINING)
+    assert "Model1" not in capsys.readouterr().out
+    assert any("Model3" in shown.alt for shown in figures)
+    assert not any("Model1" in shown.alt for shown in figures)
 
 
-def test_confusion_matrix_is_titled_with_the_run_it_was_computed_for(kernel, monkeypatch):
+def test_confusion_matrix_is_titled_with_the_run_it_was_computed_for(kernel, figures, monkeypatch, capsys):
     """The cell that computes it is not run again after another network was trained."""
-    kernel.run(TRAINING, MISTAKES)
+    kernel.train()
+    kernel.run("errors-code")
     monkeypatch.setenv("S7_MODEL", "Model1")
-    kernel.run(SETTINGS, TRAINING)
-    titles = []
-    monkeypatch.setattr(utils, "plot_confusion", lambda confusion, title: titles.append(title))
-    kernel.run(CONFUSION)
-    assert titles == ["Model3 on stand-in digits (not MNIST)"]
+    kernel.train()
+    capsys.readouterr()
+    kernel.run("confusion-code", "pairs-code")
+    assert "Model3" in figures[-1].alt
+    assert capsys.readouterr().out.startswith("Model3 ")
 
 
-def test_finished_run_survives_two_interrupted_ones(kernel, monkeypatch):
-    kernel.run(TRAINING)
-    finished = checkpoint()
-    for _ in range(2):
-        interrupt_batch(monkeypatch, 1)
-        with pytest.raises(KeyboardInterrupt):
-            kernel.run(TRAINING)
-    assert_identical(checkpoint("Model3-seed1.previous-1"), finished)
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        pytest.param(2, id="in-the-first-epoch"),
-        pytest.param(6, id="in-the-second-epoch"),
-    ],
-)
-def test_interrupted_training_cell_resumes_bit_identically_to_the_benchmark_loop(
-    kernel, small, monkeypatch, tmp_path, batch
+def test_run_that_is_interrupted_in_its_first_epoch_leaves_the_finished_one_and_the_cells_below_work(
+    kernel, monkeypatch
 ):
-    interrupt_batch(monkeypatch, batch)
-    with pytest.raises(KeyboardInterrupt):
-        kernel.run(TRAINING)
-    kernel.run(*AFTER_TRAINING)  # later cells work on an interrupted run
-    monkeypatch.setenv("S7_RESUME", "1")
-    kernel.run(SETTINGS, TRAINING)
-    torch.manual_seed(1)
-    model = create_model("Model3")
-    recipe = utils.RECIPES["Model3"]
-    train_model(model, recipe, small(300), small(100, train=False), tmp_path / "reference.pt", epochs=2)
-    assert_identical(checkpoint(), utils.load_checkpoint(tmp_path / "reference.pt"))
+    kernel.train()
+    finished = checkpoint()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils, "sum_exactly", lambda losses: signal.raise_signal(signal.SIGINT))
+        kernel.run("training-code")
+    kernel.run(*AFTER_TRAINING)
+    assert_identical(checkpoint(), finished)
 
 
-@pytest.mark.parametrize("assignment", ["MODEL = 'model4'", "EPOCHS = '3'", "BATCH_SIZE = 2.5"])
-def test_invalid_setting_is_reported_by_the_settings_cell(assignment):
-    name = assignment.split()[0]
-    edited = re.sub(f"^{name} = .*$", assignment, SETTINGS, flags=re.MULTILINE)
-    with pytest.raises(ValueError, match=f"^{name} is "):
-        Kernel().run(edited)
+@pytest.mark.parametrize("assignment", ["MODEL = 'model4'", "EPOCHS = 0", "BATCH_SIZE = 2.5"])
+def test_training_cell_rejects_what_papermill_injects(kernel, assignment):
+    """It inserts its cell after the one with this tag."""
+    assert CODE_CELLS["settings-code"]["metadata"]["tags"] == ["parameters"]
+    exec(assignment, kernel.names)
+    with pytest.raises(ValueError, match=f"^{assignment.split()[0]} is "):
+        kernel.run("training-code")
 
 
-def test_settings_cell_is_tagged_for_papermill():
-    tagged = [cell for cell in CODE_CELLS if "parameters" in cell["metadata"].get("tags", [])]
-    assert ["".join(cell["source"]) for cell in tagged] == [SETTINGS]
+def test_settings_cell_rejects_an_invalid_setting(monkeypatch, kernel):
+    monkeypatch.setenv("S7_EPOCHS", "three")
+    with pytest.raises(ValueError, match="^EPOCHS is 'three'"):
+        kernel.run("settings-code")
 
 
 # ---- the setup cell ----
 
 
-def make_repository(folder):
-    """Create a Git repository from the files of the working tree that the notebook needs."""
+def copy_repository(folder):
+    """Copy the files of the working tree that the notebook needs."""
     folder.mkdir()
     for path in [*ROOT.glob("*.py"), ROOT / "draw.html"]:
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "images", folder / "images")
+    return folder
+
+
+def make_repository(folder):
+    """Create a Git repository from the files of the working tree that the notebook needs."""
+    copy_repository(folder)
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "copy"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
     return folder
 
 
-def run_setup(folder, url=""):
+def run_setup(folder, url="", before="", environment=None):
     """Run the setup cell in a folder; return the folder it changed to, and the last line of its errors."""
-    setup = SETUP.replace('REPO_URL = ""', f"REPO_URL = {url!r}")
-    command = [sys.executable, "-c", setup + "\nprint(Path.cwd())"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
+    setup = CELLS["setup-code"].replace('REPO_URL = ""', f"REPO_URL = {url!r}")
+    command = [sys.executable, "-c", f"{before}\n{setup}\nprint(Path.cwd())"]
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
     return result.stdout.strip(), result.stderr.strip().split("\n")[-1]
+
+
+@pytest.fixture
+def failing(tmp_path):
+    """Return a folder with a `git` and a `python` that write their arguments to a file `called` and fail."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name in ("git", "python"):
+        text = f'#!/bin/sh\necho "$@" >> {folder}/called\necho "prompt $GIT_TERMINAL_PROMPT" >&2\n'
+        (folder / name).write_text(f"{text}echo failed >&2\nexit 1\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return folder
 
 
 @pytest.mark.parametrize(
     ("start", "repository"),
     [
         pytest.param(".", ".", id="in the repository"),
-        pytest.param(".", "S7", id="one folder up"),
         pytest.param(".", "S7-main", id="one folder up, from a zip file"),
         pytest.param("work", "S7", id="beside it"),
     ],
 )
 def test_setup_changes_to_the_repository_and_copies_nothing(tmp_path, start, repository):
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "utils.py").write_text("mine", encoding="utf-8")
     (tmp_path / repository).mkdir(exist_ok=True)
     for name in ("model.py", "draw.html"):
         (tmp_path / repository / name).touch()
@@ -249,56 +234,97 @@ def test_setup_changes_to_the_repository_and_copies_nothing(tmp_path, start, rep
     folder, _ = run_setup(tmp_path / start)
     assert folder == str((tmp_path / repository).resolve())
     assert sorted(tmp_path.rglob("*")) == before
-    assert (tmp_path / "work" / "utils.py").read_text(encoding="utf-8") == "mine"
 
 
 def test_setup_clones_once_beside_foreign_files(tmp_path):
     repository = make_repository(tmp_path / "repository")
     work = tmp_path / "work"
     work.mkdir()
-    for name in ("model.py", "utils.py"):
-        (work / name).write_text("mine", encoding="utf-8")
+    (work / "model.py").write_text("mine", encoding="utf-8")
     for _ in range(2):  # the second time as after a restart of the kernel
         folder, _ = run_setup(work, url=str(repository))
         assert folder == str(work / "S7")
-    assert (work / "utils.py").read_text(encoding="utf-8") == "mine"
+    assert (work / "model.py").read_text(encoding="utf-8") == "mine"
 
 
 def test_setup_names_the_folder_in_which_it_looked(tmp_path):
     _, error = run_setup(tmp_path)
-    assert str(tmp_path) in error
-    assert "REPO_URL" in error
+    assert re.fullmatch(f"FileNotFoundError: .*{tmp_path}.*REPO_URL", error)
 
 
-def test_setup_reports_a_failed_clone_in_one_line(tmp_path):
-    _, error = run_setup(tmp_path, url=str(tmp_path / "nothing"))
-    assert error.startswith("RuntimeError")
-    assert "REPO_URL" in error
+def test_setup_reports_a_failed_clone_in_one_line_without_a_prompt(tmp_path, failing):
+    _, error = run_setup(tmp_path, url="private", environment={**os.environ, "PATH": str(failing)})
+    assert error.startswith("RuntimeError: git failed (prompt 0 failed): check REPO_URL")
+
+
+def test_setup_reports_in_one_line_that_git_is_missing(tmp_path):
+    _, error = run_setup(tmp_path, url="any", environment={**os.environ, "PATH": str(tmp_path)})
+    assert re.fullmatch("RuntimeError: git failed .*: check REPO_URL, and whether Git is installed", error)
+
+
+def test_setup_installs_only_missing_packages_and_reports_a_failure_in_one_line(tmp_path, failing):
+    repository = copy_repository(tmp_path / "S7")
+    before = f'import sys; sys.executable = "{failing}/python"; sys.modules["tqdm"] = None'
+    _, error = run_setup(repository, before=before)
+    assert error.startswith("RuntimeError: ")
+    assert error.endswith("install the packages of requirements.txt")
+    assert (failing / "called").read_text(encoding="utf-8") == "-m pip install tqdm\n"
+
+
+def test_setup_does_nothing_in_a_kernel_without_pytorch(tmp_path, failing):
+    before = f'import sys; sys.executable = "{failing}/python"; sys.modules |= dict(torch=None, tqdm=None)'
+    environment = {**os.environ, "PATH": str(failing)}
+    _, error = run_setup(tmp_path, url="any", before=before, environment=environment)
+    assert error.startswith("ModuleNotFoundError: this kernel has no PyTorch")
+    assert not (failing / "called").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GOMP_SPINCOUNT is set on Linux only")
+def test_setup_bounds_the_waiting_of_threads_unless_the_user_has_set_it(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    copy_repository(tmp_path / "S7")
+    before = "import atexit, os; atexit.register(lambda: print(os.environ['GOMP_SPINCOUNT']))"
+    for user, expected in (({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        output, _ = run_setup(tmp_path, before=before, environment=environment | user)
+        assert output.split("\n")[-1] == expected
 
 
 # ---- executed ----
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """Execute one epoch in a folder that holds only S7.ipynb; return the folder and the environment.
-
-    REPO_URL is set as in Colab, and the environment asks for a matplotlib backend without pictures.
-    """
-    repository = make_repository(tmp_path_factory.mktemp("source") / "repository")
-    folder = tmp_path_factory.mktemp("empty")
-    text = (ROOT / "S7.ipynb").read_text(encoding="utf-8")
-    assert text.count(r"REPO_URL = \"\"") == 1
-    text = text.replace(r"REPO_URL = \"\"", rf"REPO_URL = \"{repository.as_posix()}\"")
-    (folder / "S7.ipynb").write_text(text, encoding="utf-8")
+def environment_of_user():
+    """Return the environment for one epoch of stand-in digits, with a backend without pictures."""
     environment = {}
     for name, value in os.environ.items():
         if not name.startswith("S7_") and name.lower() not in PROXY_VARIABLES:
             environment[name] = value
-    environment |= {"S7_EPOCHS": "1", "S7_STANDIN": "1", "MPLBACKEND": "agg"}
-    convert = ["nbconvert", "--to", "notebook", "--execute", "--inplace", "S7.ipynb"]
-    subprocess.run([sys.executable, "-m", *convert], cwd=folder, env=environment, check=True)
-    return folder, environment
+    return environment | {"S7_EPOCHS": "1", "S7_STANDIN": "1", "MPLBACKEND": "agg"}
+
+
+def run_jupyter(folder, *command):
+    """Run a module of Jupyter, pytest or a script in a folder; return what it printed."""
+    result = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment_of_user(),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """Execute the notebook in a folder of its own, with REPO_URL as in Colab; return the folder."""
+    repository = make_repository(tmp_path_factory.mktemp("source") / "repository")
+    folder = tmp_path_factory.mktemp("empty")
+    text = (ROOT / "S7.ipynb").read_text(encoding="utf-8")
+    text = text.replace(r"REPO_URL = \"\"", rf"REPO_URL = \"{repository.as_posix()}\"")
+    (folder / "S7.ipynb").write_text(text, encoding="utf-8")
+    run_jupyter(folder, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", "S7.ipynb")
+    return folder
 
 
 def outputs_of(path):
@@ -316,59 +342,113 @@ def text_of(path):
     return "".join(parts)
 
 
-def count_pictures(path):
-    return sum("image/png" in output.get("data", {}) for output in outputs_of(path))
-
-
 def test_notebook_runs_in_an_empty_folder(executed):
-    folder, _ = executed
-    text = text_of(folder / "S7.ipynb")
+    text = text_of(executed / "S7.ipynb")
     assert "THIS IS NOT MNIST" in text
     assert "Model4 on stand-in digits (not MNIST): 1 epoch," in text
-    assert (folder / "S7" / "checkpoints" / "Model4-seed1.pt").exists()
+    assert (executed / "S7" / "checkpoints" / "Model4-seed1.pt").exists()
 
 
 def test_progress_bar_leaves_one_line_per_epoch(executed):
-    folder, _ = executed
-    bars = re.findall(r".*\d+%\|.*", text_of(folder / "S7.ipynb"))
+    bars = re.findall(r".*\d+%\|.*", text_of(executed / "S7.ipynb"))
     assert len(bars) == 1
     assert re.search(r"Train: Loss=\S+ Batch_id=46 Accuracy=\S+: 100%", bars[0])
 
 
-def test_pictures_are_shown_with_any_matplotlib_backend(executed):
-    folder, _ = executed
-    plots = sum("plot_" in source and "import plot_" in source for source in SOURCES)
-    assert count_pictures(folder / "S7.ipynb") >= plots - 1  # of two cells with plot_digits, one imports it
+def test_each_plot_is_shown_with_any_backend_and_has_alternative_text(executed):
+    pictures = [
+        output for output in outputs_of(executed / "S7.ipynb") if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == sum(
+        source.count("\nplot_") + source.startswith("plot_") for source in CELLS.values()
+    )
+    for picture in pictures:
+        assert picture["metadata"]["image/png"]["alt"]
 
 
 def test_figures_are_not_saved_unasked(executed):
-    folder, _ = executed
     status = subprocess.run(
-        ["git", "status", "--short", "images"], cwd=folder / "S7", capture_output=True, text=True, check=True
+        ["git", "status", "--short", "images"],
+        cwd=executed / "S7",
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert status.stdout == ""
 
 
 def test_second_run_passes_nbval(executed):
-    folder, environment = executed
     flags = ["--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    command = [sys.executable, "-m", "pytest", "-q", *flags, "S7.ipynb"]
-    result = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8"
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert f"{len(CODE_CELLS)} passed" in result.stdout
+    printed = run_jupyter(executed, "-m", "pytest", "-q", *flags, "S7.ipynb")
+    assert f"{len(CELLS)} passed" in printed
+
+
+def test_exported_script_runs_and_says_how_to_save_its_figures(tmp_path):
+    folder = copy_repository(tmp_path / "S7")
+    shutil.copy(ROOT / "S7.ipynb", folder)
+    run_jupyter(folder, "-m", "nbconvert", "--to", "script", "S7.ipynb")
+    assert "S7_FIGURES" in run_jupyter(folder, "S7.py")
+
+
+def test_edited_files_are_what_runs_and_what_is_shown_without_a_restart(tmp_path, monkeypatch):
+    folder = copy_repository(tmp_path / "S7")
+    monkeypatch.setenv("S7_STANDIN", "1")
+    manager, client = start_new_kernel(cwd=str(folder))
+    printed = []
+
+    def keep(message):
+        if message["msg_type"] == "stream":
+            printed.append(message["content"]["text"])
+
+    def run(cell):
+        printed.clear()
+        reply = client.execute_interactive(cell, output_hook=keep, timeout=120)
+        assert reply["content"]["status"] == "ok", reply["content"]
+        return "".join(printed)
+
+    def edit(name, old, new):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert text.count(old) == 1
+        (folder / name).write_text(text.replace(old, new), encoding="utf-8")
+
+    try:
+        run(CELLS["setup-code"])
+        run(CELLS["imports-code"])
+        run("MODEL = 'Model3'")
+        run(CELLS["functions-code"])
+        edit("model.py", 'utils.py`)."""\n', OWN_INIT)
+        edit("utils.py", "    model.train()\n", "    print('edited')\n    model.train()\n")
+        edit("utils.py", "PUBLISHED_SGD = dict(lr=0.01", "PUBLISHED_SGD = dict(lr=0.02")
+        edit("plots.py", "TARGET_ACCURACY = 99.4", "TARGET_ACCURACY = 98.7")
+        assert "convblock9.1 Dropout" in run(CELLS["layers-code"])
+        assert "self.convblock9.append(" in run(CELLS["source-code"])
+        assert "print('edited')" in run(CELLS["functions-code"])
+        assert "lr=0.02" in run(CELLS["recipe-code"])
+        assert "98.7" in run("print(check_target(utils.History(test_acc=[99.0])))")
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+OWN_INIT = '''utils.py`)."""
+
+    def __init__(self):
+        super().__init__()
+        self.convblock9.append(torch.nn.Dropout(0.1))
+'''
 
 
 # ---- as committed ----
 
-committed = pytest.mark.skipif(not HAS_OUTPUTS, reason="S7.ipynb has no outputs: run it from top to bottom")
+committed = pytest.mark.skipif(
+    not any(cell["outputs"] for cell in CODE_CELLS.values()),
+    reason="S7.ipynb has no outputs: run it from top to bottom",
+)
 
 
-def output_of(source):
-    """Return what the cell with this source printed."""
-    cell = CODE_CELLS[SOURCES.index(source)]
-    return "".join("".join(output.get("text", "")) for output in cell["outputs"])
+def output_of(name):
+    """Return what the cell printed."""
+    return "".join("".join(output.get("text", "")) for output in CODE_CELLS[name]["outputs"])
 
 
 def test_every_code_cell_has_text_before_it():
@@ -378,30 +458,36 @@ def test_every_code_cell_has_text_before_it():
 
 
 def test_links_in_the_notebook_lead_to_its_sections():
-    text = "".join("".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "markdown")
-    links = re.findall(r"\]\(#([^)]+)\)", text)
+    links = re.findall(r"\]\(#([^)]+)\)", MARKDOWN)
     assert len(links) >= 10
     for link in links:
-        assert f'<a name="{link}"></a>\n## {link.replace("-", " ")}\n' in text
+        assert f'<a name="{link}"></a>\n## {link.replace("-", " ")}\n' in MARKDOWN
 
 
-def test_nbval_compares_layers_recipe_and_target():
-    compared = []
-    for cell, source in zip(CODE_CELLS, SOURCES, strict=True):
-        if "nbval-ignore-output" not in cell["metadata"].get("tags", []):
-            compared.append(source)
-    for name in ("summarize_model(", "print(run)", "check_target(", "untrained loss"):
-        assert any(name in source for source in compared), name
+def test_figures_in_the_text_are_embedded_and_have_alternative_text():
+    """A notebook that was opened alone has no folder of images."""
+    attached = []
+    for cell in NOTEBOOK["cells"]:
+        attached.extend(cell.get("attachments", {}))
+    figures = re.findall(r"!\[(.*?)\]\((.*?)\)", MARKDOWN)
+    assert sorted(path for _, path in figures) == sorted(f"attachment:{name}" for name in attached)
+    for text, _ in figures:
+        assert text
+
+
+@pytest.mark.parametrize("name", ["check-code", "layers-code", "recipe-code", "target-code"])
+def test_nbval_compares_what_must_not_change(name):
+    assert "nbval-ignore-output" not in CODE_CELLS[name]["metadata"].get("tags", [])
 
 
 @committed
 def test_committed_outputs_are_from_one_full_mnist_run():
-    counts = [cell["execution_count"] for cell in CODE_CELLS]
-    assert counts == list(range(1, len(CODE_CELLS) + 1))
+    counts = [cell["execution_count"] for cell in CODE_CELLS.values()]
+    assert counts == list(range(1, len(CELLS) + 1))
     for output in outputs_of(ROOT / "S7.ipynb"):
         assert output["output_type"] != "error"
         assert output.get("name") != "stderr"
-    assert re.findall(r"EPOCH: (\d+)", output_of(TRAINING)) == [str(epoch) for epoch in range(1, 16)]
+    assert re.findall(r"EPOCH: (\d+)", output_of("training-code")) == [str(epoch) for epoch in range(1, 16)]
     text = text_of(ROOT / "S7.ipynb")
     assert len(re.findall(r"\d+%\|", text)) == 15
     assert "MNIST: 60,000 training and 10,000 test images" in text
@@ -410,11 +496,11 @@ def test_committed_outputs_are_from_one_full_mnist_run():
 
 @committed
 def test_committed_run_reaches_the_target_in_each_of_the_last_five_epochs():
-    accuracies = re.findall(r"EPOCH: 1[1-5]\nTest set: .*\((\S+)%\)", output_of(TRAINING))
+    accuracies = re.findall(r"EPOCH: 1[1-5]\nTest set: .*\((\S+)%\)", output_of("training-code"))
     assert len(accuracies) == 5
     for accuracy in accuracies:
         assert float(accuracy) >= 99.4
-    assert output_of(source_with("check_target(")).endswith("epochs: met\n")
+    assert output_of("target-code").endswith("epochs: met\n")
 
 
 @committed
@@ -424,12 +510,8 @@ def test_committed_figures_have_alternative_text():
             assert output["metadata"]["image/png"]["alt"]
 
 
-@committed
-def test_committed_cells_have_no_times():
-    for cell in CODE_CELLS:
-        assert "execution" not in cell["metadata"]
-
-
-def test_notebook_asks_colab_for_a_gpu_and_has_no_widgets():
+def test_notebook_asks_colab_for_a_gpu_and_has_no_widgets_or_times():
     assert NOTEBOOK["metadata"]["accelerator"] == "GPU"
     assert "widgets" not in NOTEBOOK["metadata"]
+    for cell in CODE_CELLS.values():
+        assert "execution" not in cell["metadata"]
