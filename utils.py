@@ -197,7 +197,7 @@ MNIST_MD5 = {  # of the four uncompressed original files
 MIRROR_TIMEOUT = 15  # seconds
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: where IPython 7 reloads this file, it assigns a new class to each instance
 class DigitSet(torch.utils.data.Dataset):
     """A data set in memory: uint8 images `(N, 28, 28)` and int64 labels `(N,)`.
 
@@ -412,7 +412,7 @@ def draw_standin(train):
 #############################################
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recipe:
     """The hyperparameters of a model's training."""
 
