@@ -3,8 +3,10 @@
 A plot is a function that ends in `show_figure`.
 """
 
+import copy
 import os
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,18 +50,17 @@ def layer_table(model):
     measured (see `measure_fields`).
     """
     model = unwrap(model)
-    names = {module: name for name, module in model.named_modules()}
     summary = torchinfo.summary(model, (1, 1, SIDE, SIDE), verbose=0)
     calls = [info for info in summary.summary_list if info.is_leaf_layer]
-    leaves = [module for module in model.modules() if not list(module.children())]
+    leaves = [name for name, module in model.named_modules() if not list(module.children())]
     layers = []
-    for info, (_, field) in zip(calls, measure_fields(model, leaves), strict=True):
+    for info, (name, field) in zip(calls, measure_fields(model, leaves), strict=True):
         parameters = sum(parameter.numel() for parameter in info.module.parameters())
         if info.is_recursive:  # called before, and counted there
             parameters = 0
         kernel, stride = kernel_and_stride(info)
         layer = Layer(
-            names[info.module],
+            name,
             info.class_name,
             tuple(info.output_size[1:]),
             kernel,
@@ -87,42 +88,43 @@ def kernel_and_stride(info):
 
 
 @torch.no_grad()
-def record_outputs(model, modules, data):
-    """Return the modules and their outputs for one batch, a list of pairs in the order of their calls."""
+def record_outputs(model, names, data):
+    """Return modules, given by name, and their outputs for one batch: a list of pairs, one for each call.
+
+    A copy of the model is called, in evaluation mode. On the CPU and in float64, no convolution uses an
+    algorithm (Winograd, FFT) by which a pixel changes outputs that do not depend on it.
+    """
+    model = copy.deepcopy(model).cpu().double().eval()
     outputs = []
 
-    def keep(module, inputs, output):
-        outputs.append((module, output.detach().cpu().clone()))
+    def keep(name, module, inputs, output):
+        outputs.append((name, output.clone()))
 
-    hooks = [module.register_forward_hook(keep) for module in modules]
-    model.eval()
-    try:
-        model(data.to(next(model.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for name in names:
+        model.get_submodule(name).register_forward_hook(partial(keep, name))
+    model(data.double())
     return outputs
 
 
-def measure_fields(model, modules):
-    """Return the modules and their receptive fields, a list of pairs in the order of their calls.
+def measure_fields(model, names):
+    """Return modules, given by name, and their receptive fields: a list of pairs, one for each call.
 
     A field is given by its side length in pixels, and None if it cannot be measured. It is the number of
     rows of the image that the middle row of the output depends on: NaN in such a row makes the output NaN,
     whatever the layers are, and whatever their weights. It is at most the height of the image.
     """
     rows = torch.zeros(SIDE, 1, SIDE, SIDE)
-    for row in range(SIDE):
-        rows[row, :, row] = float("nan")
+    row = torch.arange(SIDE)
+    rows[row, :, row] = float("nan")
     fields = []
-    for module, output in record_outputs(model, modules, rows):
+    for name, output in record_outputs(model, names, rows):
         if output.dim() == 4:
             output = output[:, :, output.shape[2] // 2]
         depends = output.flatten(1).isnan().any(dim=1).nonzero()
         field = None
         if len(depends) > 0:
             field = (depends.max() - depends.min() + 1).item()
-        fields.append((module, field))
+        fields.append((name, field))
     return fields
 
 
@@ -384,13 +386,13 @@ def plot_features(model, image, title):
     if filters.dim() == 4 and filters.shape[1] == 1:
         height, width = filters.shape[2:]
         rows.append((f"filters\n{height}×{width}", filters[:, 0]))
-    names = {block: name for name, block in model.named_children()}
-    fields = measure_fields(model, list(names))
-    outputs = record_outputs(model, list(names), image.unsqueeze(0))
-    for (block, output), (_, field) in zip(outputs, fields, strict=True):
+    names = [name for name, _ in model.named_children()]
+    fields = measure_fields(model, names)
+    outputs = record_outputs(model, names, image.unsqueeze(0))
+    for (name, output), (_, field) in zip(outputs, fields, strict=True):
         if output.dim() == 4:
             channels, height, width = output.shape[1:]
-            label = f"{names[block]}\n{channels}×{height}×{width}\nfield {field}"
+            label = f"{name}\n{channels}×{height}×{width}\nfield {field}"
             rows.append((label, output[0]))
     figure, axes = plt.subplots(
         len(rows), FEATURE_COLUMNS, figsize=(7, 0.72 * len(rows)), layout="constrained", squeeze=False
@@ -418,11 +420,11 @@ def plot_fields(model, image, title):
     Blocks with the same receptive field share a square.
     """
     model = unwrap(model)
-    names = {block: name for name, block in model.named_children()}
+    names = [name for name, _ in model.named_children()]
     members = {}
-    for block, field in measure_fields(model, list(names)):
+    for name, field in measure_fields(model, names):
         if field is not None:
-            members.setdefault(field, []).append(names[block])
+            members.setdefault(field, []).append(name)
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
     axis.imshow(image.numpy(), cmap="gray_r")
     colors = plt.get_cmap("viridis")
