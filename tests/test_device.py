@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import plots
 import utils
 from model import MODELS, create_model
 
@@ -58,7 +59,7 @@ def test_one_step_gives_the_weights_of_the_cpu(small, monkeypatch, name):
 
 def test_training_waits_only_to_refresh_the_progress_bar(small):
     augmentation = partial(utils.random_affine, degrees=10, shift=0.06, scale=0.06)
-    loader = WatchedLoader(small(530), 10, "cuda", True, augmentation, augmented_epochs=1)
+    loader = WatchedLoader(small(530), 10, "cuda", shuffle=True, augmentation=augmentation)
     loader.may_wait = (0, 50, 52)
     train(create_model("Model4").to("cuda"), "cuda", loader)
 
@@ -69,9 +70,12 @@ def test_evaluation_waits_only_at_the_end(small):
 
 
 def test_reports_arrive_on_the_cpu(small, figures):
-    model = create_model("Model1").to("cuda")
-    confusion, mistakes = utils.find_mistakes(model, "cuda", utils.BatchLoader(small(100), 50, "cuda"))
+    model = create_model("Model4")
+    table = repr(plots.summarize_model(model))
+    model.to("cuda")
+    assert repr(plots.summarize_model(model)) == table
+    confusion, mistakes = plots.find_mistakes(model, "cuda", utils.BatchLoader(small(100), 50, "cuda"))
     assert confusion.device.type == "cpu"
     assert mistakes[0].image.device.type == "cpu"
-    utils.plot_features(model, mistakes[0].image, "title")
+    plots.plot_features(model, mistakes[0].image, "title")
     assert len(figures) == 1
