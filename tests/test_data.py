@@ -10,111 +10,100 @@ from http.server import HTTPServer, SimpleHTTPRequestHandler
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision import transforms
+from torch.utils.data import DataLoader, random_split
+from torchvision import datasets, transforms
 from torchvision.transforms import functional
 from torchvision.transforms.functional import InterpolationMode
 
 import utils
 
-# ---- data sets and loader ----
+# ---- data sets and loaders ----
 
 
-def targets_of_one_epoch(loader):
-    return torch.cat([target for _, target in loader])
-
-
-def test_part_of_a_digit_set_has_its_name_and_matching_labels(small):
-    dataset = small(10)
-    part = dataset[torch.tensor([7, 0])]
-    assert part.name == dataset.name
-    assert len(part) == 2
-    assert torch.equal(part.images[0], dataset.images[7])
-    assert part.labels.tolist() == [dataset.labels[7], dataset.labels[0]]
-
-
-def test_loader_matches_torchvision(small):
+@pytest.fixture
+def expected(small):
+    """Return 300 images as torchvision's transforms normalize them, and their labels."""
     dataset = small(300)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
-    samples = []
-    for image, label in zip(dataset.images, dataset.labels, strict=True):
-        samples.append((transform(Image.fromarray(image.numpy())), label))
-    reference = DataLoader(samples, batch_size=128)
-    loader = utils.BatchLoader(dataset, 128, "cpu")
-    for (data, target), (expected, labels) in zip(loader, reference, strict=True):
-        assert data.dtype == torch.float32
-        torch.testing.assert_close(data, expected, atol=1e-6, rtol=0)
-        assert torch.equal(target, labels)
+    images = [transform(Image.fromarray(image.numpy())) for image in dataset.images]
+    return torch.stack(images), dataset.labels
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(300, [128, 128, 44]), (256, [128, 128]), (5, [5])])
-def test_loader_yields_all_images_in_batches(small, count, sizes):
-    loader = utils.BatchLoader(small(count), 128, "cpu")
-    assert len(loader) == len(sizes)
-    assert [len(target) for _, target in loader] == sizes
+def collect(loader):
+    """Return all images and labels of one epoch."""
+    data, target = zip(*loader, strict=True)
+    return torch.cat(data), torch.cat(target)
 
 
-def test_loader_leaves_the_data_set_unchanged(small):
-    dataset = small(20)
-    before = dataset.images.clone()
-    for _ in utils.BatchLoader(dataset, 10, "cpu", shuffle=True):
-        pass
-    assert torch.equal(dataset.images, before)
+@pytest.mark.parametrize("create", [DataLoader, partial(utils.BatchLoader, device="cpu")])
+def test_loader_gives_the_images_of_torchvision_in_batches(small, expected, create):
+    dataset = small(300)
+    loader = create(dataset, batch_size=128)
+    assert len(loader) == 3
+    assert [len(target) for _, target in loader] == [128, 128, 44]
+    data, target = collect(loader)
+    assert data.dtype == torch.float32
+    assert target.dtype == torch.int64
+    torch.testing.assert_close(data, expected[0], atol=1e-6, rtol=0)
+    assert torch.equal(target, expected[1])
+    assert torch.equal(dataset.images, small(300).images)  # unchanged
 
 
-def test_shuffle_is_a_new_permutation_every_epoch(small):
-    loader = utils.BatchLoader(small(300), 128, "cpu", shuffle=True)
-    loader.target = torch.arange(300)
-    first = targets_of_one_epoch(loader)
-    second = targets_of_one_epoch(loader)
-    assert not torch.equal(first, torch.arange(300))
+def test_part_of_a_digit_set_is_a_digit_set(small):
+    dataset = small(10)
+    for index in (slice(2, 9, 3), torch.tensor([2, 5, 8])):
+        part = dataset[index]
+        assert part.name == dataset.name
+        assert len(part) == 3
+        assert torch.equal(part.images[1], dataset.images[5])
+        assert part.labels[1] == dataset.labels[5]
+    subset, _ = random_split(dataset, [4, 6])
+    number = subset.indices[0]
+    image, label = subset[0]
+    assert torch.equal(image, dataset[number][0])
+    assert label == dataset.labels[number]
+
+
+def test_digit_set_of_floats_is_refused():
+    with pytest.raises(TypeError, match="float32.*uint8"):
+        utils.DigitSet("floats", torch.zeros(3, 28, 28), torch.zeros(3).long())
+
+
+def test_split_is_random_but_the_same_in_every_run(small):
+    numbered = utils.DigitSet("numbers", small(300).images, torch.arange(300))
+    train_part, validation_part = utils.split(numbered)
+    assert len(train_part) == 250
+    labels = torch.cat([train_part.labels, validation_part.labels])
+    assert torch.equal(labels.sort().values, numbered.labels)
+    assert not torch.equal(labels, numbered.labels)
+    torch.manual_seed(5)
+    assert torch.equal(utils.split(numbered)[1].labels, validation_part.labels)
+
+
+def test_shuffle_is_a_new_permutation_in_every_epoch(small):
+    images = small(300).images
+    loader = utils.BatchLoader(utils.DigitSet("numbers", images, torch.arange(300)), 128, "cpu", shuffle=True)
+    data, first = collect(loader)
+    _, second = collect(loader)
     assert not torch.equal(first, second)
-    assert torch.equal(first.sort().values, torch.arange(300))
-    assert torch.equal(second.sort().values, torch.arange(300))
+    for order in (first, second):
+        assert not torch.equal(order, torch.arange(300))
+        assert torch.equal(order.sort().values, torch.arange(300))
+    assert torch.equal(data, utils.normalize(images[first]))  # images keep their labels
 
 
-def test_shuffled_images_keep_their_labels(small):
-    loader = utils.BatchLoader(small(300), 128, "cpu", shuffle=True)
-    loader.target = torch.arange(300)
-    for data, target in loader:
-        assert torch.equal(data, loader.data[target])
+def test_every_batch_is_augmented_until_the_augmentation_is_removed(small, expected):
+    loader = utils.BatchLoader(small(300), 128, "cpu", augmentation=torch.neg)
+    torch.testing.assert_close(collect(loader)[0], -expected[0], atol=1e-6, rtol=0)
+    loader.augmentation = None
+    torch.testing.assert_close(collect(loader)[0], expected[0], atol=1e-6, rtol=0)
 
 
-def test_every_batch_is_augmented(small):
-    augmentation = partial(utils.random_affine, degrees=10, shift=0.1, scale=0.1)
-    loader = utils.BatchLoader(small(20), 10, "cpu", augmentation=augmentation, augmented_epochs=1)
-    torch.manual_seed(1)
-    batches = list(loader)
-    torch.manual_seed(1)
-    for number, (data, target) in enumerate(batches):
-        images = slice(10 * number, 10 * number + 10)
-        assert torch.equal(data, augmentation(loader.data[images]))
-        assert torch.equal(target, loader.target[images])
-
-
-@pytest.mark.parametrize(("epoch", "is_augmented"), [(1, True), (2, True), (3, False)])
-def test_augmentation_ends_after_the_augmented_epochs(small, epoch, is_augmented):
-    loader = utils.BatchLoader(small(5), 5, "cpu", augmentation=torch.neg, augmented_epochs=2)
-    loader.set_epoch(epoch)
-    data, _ = next(iter(loader))
-    assert torch.equal(data, -loader.data) == is_augmented
-    assert torch.equal(data, loader.data) != is_augmented
-
-
-def test_no_epoch_is_augmented_by_default(small):
-    loader = utils.BatchLoader(small(5), 5, "cpu", augmentation=torch.neg)
-    data, _ = next(iter(loader))
-    assert torch.equal(data, loader.data)
-
-
-def test_loader_describes_itself(small):
-    """The description of a run contains it."""
-    dataset = utils.DigitSet("MNIST", small(1200).images, small(1200).labels)
-    augmentation = partial(utils.random_affine, degrees=10)
-    loader = utils.BatchLoader(dataset, 128, "cpu", augmentation=augmentation, augmented_epochs=9)
-    augmented = "MNIST, 1,200 images in batches of 128, random_affine(degrees=10) until epoch 9"
-    assert repr(loader) == augmented
-    assert repr(utils.BatchLoader(dataset, 128, "cpu")) == "MNIST, 1,200 images in batches of 128"
+def test_other_data_sets_and_transforms_of_torchvision_are_refused(small):
+    with pytest.raises(TypeError, match="Subset.*DigitSet.*DataLoader"):
+        utils.BatchLoader(random_split(small(10), [4, 6])[0], 2, "cpu")
+    with pytest.raises(TypeError, match="RandomRotation.*DataLoader"):
+        utils.BatchLoader(small(10), 2, "cpu", augmentation=transforms.RandomRotation(10))
 
 
 # ---- augmentation ----
@@ -129,18 +118,8 @@ def test_affine_matches_torchvision_with_the_amounts_of_each_image(small):
     results = utils.affine(data, amounts[:, 0], amounts[:, 1:3] / 28, amounts[:, 3])
     for image, result, (angle, right, down, size) in zip(images, results, amounts.tolist(), strict=True):
         pixels = image.unsqueeze(0) / 255
-        expected = functional.affine(
-            pixels, angle, [right, down], size, [0.0, 0.0], InterpolationMode.BILINEAR
-        )
-        torch.testing.assert_close(result * 0.3081 + 0.1307, expected, atol=1e-4, rtol=0)
-
-
-def test_affine_fills_with_black():
-    white = utils.normalize(torch.full((1, 28, 28), 255, dtype=torch.uint8))
-    shift = torch.tensor([[0.5, 0.0]])
-    result = utils.affine(white, torch.zeros(1), shift, torch.ones(1))
-    black = torch.full((1, 28, 14), -0.1307 / 0.3081)
-    torch.testing.assert_close(result[0, :, :, :14], black)
+        moved = functional.affine(pixels, angle, [right, down], size, [0.0, 0.0], InterpolationMode.BILINEAR)
+        torch.testing.assert_close(result * 0.3081 + 0.1307, moved, atol=1e-4, rtol=0)
 
 
 def test_random_amounts_are_uniform_and_independent(monkeypatch):
@@ -161,60 +140,49 @@ def test_random_amounts_are_uniform_and_independent(monkeypatch):
 # ---- the stand-in ----
 
 
-@pytest.mark.parametrize(("train", "count"), [(True, 6000), (False, 1000)])
-def test_standin_has_mnist_format(train, count):
-    dataset = utils.draw_standin(train)
-    assert dataset.images.shape == (count, 28, 28)
-    assert dataset.images.dtype == torch.uint8
-    assert dataset.labels.shape == (count,)
-    assert dataset.labels.dtype == torch.int64
-    assert torch.bincount(dataset.labels, minlength=10).min() > 0.07 * count
-
-
-def test_standin_is_white_on_black():
-    images = utils.draw_standin(train=False).images.flatten(1)
-    assert images.max(dim=1).values.min() > 200
-    assert images.median(dim=1).values.max() == 0
-
-
-def test_standin_is_identical_in_every_run_and_leaves_the_random_state_alone():
-    first = utils.draw_standin(train=False)
-    torch.rand(7)
+def test_standin_has_mnist_format_and_is_identical_in_every_run():
     before = torch.get_rng_state()
-    second = utils.draw_standin(train=False)
+    train_set = utils.draw_standin(train=True)
+    test_set = utils.draw_standin(train=False)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first.images, second.images)
-    assert torch.equal(first.labels, second.labels)
+    torch.rand(7)
+    assert torch.equal(utils.draw_standin(train=False).images, test_set.images)
+    assert not torch.equal(train_set.images[:1000], test_set.images)
+    for dataset, count in ((train_set, 6000), (test_set, 1000)):
+        assert dataset.images.shape == (count, 28, 28)
+        assert dataset.images.dtype == torch.uint8
+        assert dataset.labels.dtype == torch.int64
+        assert torch.bincount(dataset.labels, minlength=10).min() > 0.07 * count
+        pixels = dataset.images.flatten(1)
+        assert pixels.max(dim=1).values.min() > 200  # white on black
+        assert pixels.median(dim=1).values.max() == 0
 
 
-def test_training_and_test_standin_have_different_images():
-    train_images = utils.draw_standin(train=True).images[:1000]
-    assert not torch.equal(train_images, utils.draw_standin(train=False).images)
-
-
-def test_standin_is_used_with_a_warning_if_mnist_is_not_available(capsys):
+@pytest.mark.parametrize(("requested", "reason"), [("", "refused"), (" 1 ", "S7_STANDIN=1")])
+def test_standin_is_used_with_a_warning(monkeypatch, capsys, requested, reason):
+    """Without MNIST and a network, or on request."""
+    monkeypatch.setenv("S7_STANDIN", requested)
     train_set, test_set = utils.load_data()
     text = capsys.readouterr().out
-    assert "*** THIS IS NOT MNIST" in text
-    assert "refused" in text  # the reason
+    assert text.startswith("*** THIS IS NOT MNIST")
+    assert reason in text
     assert "MNIST_ROOT" in text  # the remedy
+    assert len(train_set) == 6000
+    assert len(test_set) == 1000
     assert "not MNIST" in train_set.name
-    assert "not MNIST" in test_set.name
 
 
-@pytest.mark.parametrize(("standin", "variable"), [(False, ""), (False, "1"), (True, "0")])
-def test_standin_can_be_disabled_by_argument_or_environment_variable(monkeypatch, standin, variable):
+@pytest.mark.parametrize(("standin", "variable"), [(False, ""), (False, "1"), (True, " 0")])
+def test_standin_can_be_disabled(monkeypatch, standin, variable):
     monkeypatch.setenv("S7_STANDIN", variable)
     with pytest.raises(RuntimeError, match="train-images-idx3-ubyte"):
         utils.load_data(standin)
 
 
-def test_requested_standin_is_used_instead_of_mnist(mnist, monkeypatch, capsys):
-    monkeypatch.setenv("S7_STANDIN", "1")
-    train_set, test_set = utils.load_data()
-    assert len(train_set) == 6000
-    assert len(test_set) == 1000
-    assert "S7_STANDIN" in capsys.readouterr().out
+def test_standin_is_requested_by_0_or_1_only(monkeypatch):
+    monkeypatch.setenv("S7_STANDIN", "False")
+    with pytest.raises(ValueError, match="S7_STANDIN is 'False'.*0 or 1"):
+        utils.load_data()
 
 
 # ---- MNIST's files ----
@@ -242,7 +210,11 @@ class MiniatureMNIST:
             for size in array.shape:
                 header += size.to_bytes(4, "big")
             self.contents[name] = header + array.numpy().tobytes()
-            (self.raw / name).write_bytes(self.contents[name])
+        self.write()
+
+    def write(self):
+        for name, content in self.contents.items():
+            (self.raw / name).write_bytes(content)
 
 
 @pytest.fixture
@@ -269,9 +241,9 @@ def mirror(mnist, tmp_path, monkeypatch):
         archive = gzip.compress(content)
         (folder / f"{name}.gz").write_bytes(archive)
         resources.append((f"{name}.gz", md5(archive).hexdigest()))
-    monkeypatch.setattr(utils.MNIST, "resources", resources)
+    monkeypatch.setattr(datasets.MNIST, "resources", resources)
     with HTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder)) as server:
-        monkeypatch.setattr(utils.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        monkeypatch.setattr(datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield folder
@@ -280,105 +252,84 @@ def mirror(mnist, tmp_path, monkeypatch):
 
 
 def assert_mnist_is_read(mnist):
+    """Load MNIST: it is the miniature, and its folder has the four files and nothing else."""
     train_set, test_set = utils.load_data(standin=False)
-    assert train_set.name == test_set.name == "MNIST"
-    assert torch.equal(train_set.images, mnist.train_set.images)
-    assert torch.equal(train_set.labels, mnist.train_set.labels)
-    assert torch.equal(test_set.images, mnist.test_set.images)
-    assert torch.equal(test_set.labels, mnist.test_set.labels)
+    for dataset, original in ((train_set, mnist.train_set), (test_set, mnist.test_set)):
+        assert dataset.name == "MNIST"
+        assert torch.equal(dataset.images, original.images)
+        assert torch.equal(dataset.labels, original.labels)
+        assert dataset.labels.dtype == torch.int64
 
 
-def assert_error_names(name):
-    """Load MNIST; the error is one line with the file and the remedy. Return the line."""
-    with pytest.raises(RuntimeError, match=f"{name}.*MNIST_ROOT") as caught:
+def assert_error_names(name, reason):
+    """Load MNIST: the error is one line with the file, the reason and the remedy."""
+    with pytest.raises(RuntimeError, match=f"^[^\n]*{name}[^\n]*{reason}[^\n]*MNIST_ROOT$"):
         utils.load_data(standin=False)
-    line = str(caught.value)
-    assert "\n" not in line
-    return line
 
 
-damaged = pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        pytest.param(FILES[0], lambda content: None, id="missing"),
-        pytest.param(FILES[1], lambda content: b"", id="empty"),
-        pytest.param(FILES[2], lambda content: content[: len(content) // 2], id="truncated"),
-        pytest.param(FILES[3], lambda content: content[:-1] + b"\xff", id="one byte changed"),
-        pytest.param(FILES[0], lambda content: b"<!DOCTYPE html>Sign in", id="an HTML page"),
-    ],
-)
+def test_checksums_are_those_of_the_archives_of_torchvision():
+    """The archives contain these four files; torchvision has no checksums of the files themselves."""
+    assert [f"{name}.gz" for name in utils.MNIST_MD5] == [name for name, _ in datasets.MNIST.resources]
 
 
-def damage_file(mnist, name, damage):
-    """Write what `damage` makes of a file's content; delete the file if that is None."""
-    path = mnist.raw / name
-    content = damage(mnist.contents[name])
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-
-
-def test_mnist_is_read_from_the_folder_without_a_word(mnist, capfd):
+def test_mnist_is_read_from_the_folder_without_a_word(mnist, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path.parent))  # Windows
+    monkeypatch.setenv("MNIST_ROOT", f"~/{tmp_path.name}")
     assert_mnist_is_read(mnist)
     output = capfd.readouterr()
     assert output.out == ""
     assert output.err == ""
 
 
-@pytest.mark.parametrize("root", [pytest.param(None, id="unset"), pytest.param("", id="empty")])
-def test_default_folder_is_data(mnist, tmp_path, monkeypatch, root):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MNIST_ROOT")
-    if root is not None:
-        monkeypatch.setenv("MNIST_ROOT", root)
+def test_default_folder_is_data(mnist, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "MNIST").rename(tmp_path / "data" / "MNIST")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MNIST_ROOT", "")
+    assert_mnist_is_read(mnist)
+    monkeypatch.delenv("MNIST_ROOT")
     assert_mnist_is_read(mnist)
 
 
-def test_tilde_in_the_folder_is_expanded(mnist, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path.parent))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path.parent))  # Windows
-    monkeypatch.setenv("MNIST_ROOT", f"~/{tmp_path.name}")
-    assert_mnist_is_read(mnist)
-
-
-def test_processed_folder_of_old_versions_is_not_read(mnist):
-    """Old torchvision versions wrote it, without checksums."""
-    processed = mnist.raw.parent / "processed"
-    processed.mkdir()
-    for name in ("training.pt", "test.pt"):
-        torch.save((torch.zeros(3, 28, 28), torch.zeros(3)), processed / name)
-    assert_mnist_is_read(mnist)
-
-
-@damaged
-def test_damaged_file_without_network_is_reported(mnist, name, damage):
-    damage_file(mnist, name, damage)
-    assert "refused" in assert_error_names(name)
-
-
-@damaged
-def test_damaged_file_is_downloaded_again(mnist, mirror, name, damage):
-    damage_file(mnist, name, damage)
-    assert_mnist_is_read(mnist)
-    assert (mnist.raw / name).read_bytes() == mnist.contents[name]
-
-
-def test_damaged_download_is_reported(mnist, mirror):
-    """All files are missing; the first two are downloaded, the third is cut off."""
-    for name in FILES:
-        (mnist.raw / name).unlink()
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        pytest.param(FILES[0], None, id="missing"),
+        pytest.param(FILES[1], lambda content: b"", id="empty"),
+        pytest.param(FILES[2], lambda content: content[:-100], id="truncated"),
+        pytest.param(FILES[3], lambda content: content[:-1] + b"\xff", id="one byte changed"),
+    ],
+)
+def test_corrupted_file_is_reported_and_replaced_by_a_verified_one(mnist, mirror, name, damage):
+    path = mnist.raw / name
+    corrupted = None
+    path.unlink()
+    if damage is not None:
+        corrupted = damage(mnist.contents[name])
+        path.write_bytes(corrupted)
     archive = mirror / f"{FILES[2]}.gz"
-    archive.write_bytes(archive.read_bytes()[:100])
-    assert_error_names(FILES[2])
+    content = archive.read_bytes()
+    archive.write_bytes(content[:100])
+    assert_error_names(name, "corrupted")
+    assert path.exists() == (damage is not None)
+    assert corrupted is None or path.read_bytes() == corrupted
+    archive.write_bytes(content)
+    assert_mnist_is_read(mnist)
+    files = {path.name: path.read_bytes() for path in mnist.raw.iterdir()}
+    assert files == mnist.contents  # and no temporary folder
 
 
-def test_damaged_file_without_network_gives_the_standin(mnist, capsys):
-    (mnist.raw / FILES[1]).write_bytes(b"")
-    train_set, _ = utils.load_data()
-    assert "not MNIST" in train_set.name
-    assert FILES[1] in capsys.readouterr().out
+def test_download_that_another_process_overtakes_succeeds(mnist, monkeypatch):
+    (mnist.raw / FILES[0]).unlink()
+
+    def download(root, download):
+        mnist.write()  # by the other process
+        raise RuntimeError("no connection left")
+
+    monkeypatch.setattr(datasets, "MNIST", download)
+    assert_mnist_is_read(mnist)
+    assert sorted(path.name for path in mnist.raw.iterdir()) == sorted(FILES)
 
 
 def test_silent_mirror_times_out(mnist, monkeypatch):
@@ -386,12 +337,12 @@ def test_silent_mirror_times_out(mnist, monkeypatch):
     monkeypatch.setattr(utils, "MIRROR_TIMEOUT", 0.1)
     (mnist.raw / FILES[0]).unlink()
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections and never answers
-        monkeypatch.setattr(utils.MNIST, "mirrors", [f"http://127.0.0.1:{server.getsockname()[1]}/"])
-        assert "timed out" in assert_error_names(FILES[0])
+        monkeypatch.setattr(datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.getsockname()[1]}/"])
+        assert_error_names(FILES[0], "timed out")
     assert socket.getdefaulttimeout() is None
 
 
 def test_folder_that_cannot_be_created_is_reported(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     monkeypatch.setenv("MNIST_ROOT", str(tmp_path / "file"))
-    assert_error_names(FILES[0])
+    assert_error_names(FILES[0], "Error")
