@@ -1,159 +1,186 @@
 """Layer tables, plots and reports: the computed and plotted values, not just that plotting succeeds."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import torch.nn.functional as F
 from IPython.core.formatters import DisplayFormatter
+from matplotlib.colors import to_rgb
 from torch import nn
 
+import plots
 import utils
-from model import conv_block, create_model
-
-# ---- source code ----
+from model import create_model
 
 
-def test_source_is_printed(capsys):
-    utils.show_source(conv_block)
-    text = capsys.readouterr().out
-    assert text.startswith("def conv_block(")
-    assert "nn.Conv2d" in text
-
-
-def test_source_of_an_edited_file_is_refused(monkeypatch, capsys):
-    path = Path(conv_block.__code__.co_filename).resolve()
-    monkeypatch.setitem(utils.IMPORTED_FILES, path, utils.IMPORTED_FILES[path] - 1)
-    with pytest.raises(RuntimeError, match="model.py.*restart"):
-        utils.show_source(conv_block)
-    assert capsys.readouterr().out == ""
+@pytest.fixture(autouse=True)
+def notebook(monkeypatch):
+    """Show figures as in a notebook; return its shell."""
+    shell = SimpleNamespace(display_formatter=DisplayFormatter())
+    monkeypatch.setattr(plots, "get_ipython", lambda: shell)
+    return shell
 
 
 # ---- layers of a model ----
 
-FIELDS = {  # receptive field after each block, by hand: + (kernel - 1) · jump for each convolution and pool
+FIELDS = {  # after each block, by hand: + (kernel - 1) · jump for each convolution and pool
     "Model1": [3, 5, 5, 6, 10, 14, 16, 24, 40, 40],
     "Model2": [3, 5, 5, 6, 10, 14, 18, 22, 26, 28],
-    "Model3": [3, 5, 5, 6, 10, 14, 18, 22, 26, 28],
     "Model4": [3, 5, 6, 10, 14, 18, 22, 26, 28, 28],
     "Model5": [3, 5, 6, 10, 14, 18, 22, 28, 28],
 }
-MULT_ADDS = {  # by hand: weights · positions, + two per channel of BatchNorm
-    "Model1": 72 * 676 + 1312 * 576 + 1800 * 100 + 900 * 25 + 100 + 128,
-    "Model2": 72 * 676 + 1312 * 576 + 900 * 100 + 1440 * (64 + 36) + 900 * (16 + 4) + 400 + 160,
-    "Model4": 144 * 676 + 400 * 576 + 656 * 100 + 1312 * (64 + 36 + 16) + 1568 * 4 + 400 + 720,
-    "Model5": 144 * 676 + 400 * 576 + 528 * 100 + 792 * (64 + 36) + 888 * 16 + 280 + 472,
+TOTALS = {  # parameters; mult-adds by hand: weights · positions, + two per channel of BatchNorm
+    "Model1": (4312, 72 * 676 + 1312 * 576 + 1800 * 100 + 900 * 25 + 100 + 128),
+    "Model2": (7524, 72 * 676 + 1312 * 576 + 900 * 100 + 1440 * (64 + 36) + 900 * (16 + 4) + 400 + 160),
+    "Model4": (7824, 144 * 676 + 400 * 576 + 656 * 100 + 1312 * (64 + 36 + 16) + 1568 * 4 + 400 + 720),
+    "Model5": (4296, 144 * 676 + 400 * 576 + 528 * 100 + 792 * (64 + 36) + 888 * 16 + 280 + 472),
 }
 
 
-def test_layer_table_lists_every_layer_in_order():
+class Branches(nn.Module):
+    """What a student may write: a parameter, a frozen, a reused and an unused layer, a pool in `forward`."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+        self.frozen = nn.Conv2d(1, 4, 3, dilation=2, bias=False).requires_grad_(False)
+        self.reused = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.unused = nn.Linear(5, 2)
+        self.logits = nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.frozen(x * self.gain), 2)
+        x = self.reused(self.reused(x))
+        return self.logits(x.mean(dim=(2, 3)))
+
+
+def test_layer_table_lists_every_call_in_order():
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3, bias=False),
         nn.BatchNorm2d(4),
         nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.ReLU()),
         nn.AdaptiveAvgPool2d(1),
     )
-    # kernel, parameters, mult-adds and receptive field by hand: 36·26², 2·4, 216·6²;
+    # kernel, stride, parameters, mult-adds and receptive field by hand: 36·26², 2·4, 216·6²;
     # 1 + 2, + 1·1, + 2·2, + 5·4
-    assert utils.layer_table(model) == [
-        utils.Layer("0", "Conv2d", (4, 26, 26), 3, 36, 24_336, 3),
-        utils.Layer("1", "BatchNorm2d", (4, 26, 26), 1, 8, 8, 3),
-        utils.Layer("2.0", "MaxPool2d", (4, 13, 13), 2, 0, 0, 4),
-        utils.Layer("2.1", "Conv2d", (6, 6, 6), 3, 216, 7_776, 8),
-        utils.Layer("2.2", "ReLU", (6, 6, 6), 1, 0, 0, 8),
-        utils.Layer("3", "AdaptiveAvgPool2d", (6, 1, 1), 6, 0, 0, 28),
+    assert plots.layer_table(model) == [
+        plots.Layer("0", "Conv2d", (4, 26, 26), 3, 1, 36, 24_336, 3),
+        plots.Layer("1", "BatchNorm2d", (4, 26, 26), 1, 1, 8, 8, 3),
+        plots.Layer("2.0", "MaxPool2d", (4, 13, 13), 2, 2, 0, 0, 4),
+        plots.Layer("2.1", "Conv2d", (6, 6, 6), 3, 2, 216, 7_776, 8),
+        plots.Layer("2.2", "ReLU", (6, 6, 6), 1, 1, 0, 0, 8),
+        plots.Layer("3", "AdaptiveAvgPool2d", (6, 1, 1), 6, 6, 0, 0, 28),
     ]
 
 
-@pytest.mark.parametrize("name", MULT_ADDS)
-def test_summary_ends_with_the_totals(name):
+def test_summary_measures_what_forward_does_and_counts_each_parameter_once():
+    rows = plots.summarize_model(nn.DataParallel(Branches())).rows
+    # field: 1 + 2·2; the pool + 1, + 2·2; + 2·2; the parameter, the unused layer and the frozen one count
+    assert rows[1:] == [
+        ["frozen Conv2d", "4×24×24", 3, 1, "36", "20,736", 5],
+        ["reused Conv2d", "4×12×12", 3, 1, "144", "20,736", 10],
+        ["reused Conv2d", "4×12×12", 3, 1, "0", "20,736", 14],
+        ["logits Linear", "10", 1, 1, "50", "50", 28],
+        ["total", "", "", "", "243", "62,258", ""],
+    ]
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_totals_and_fields_of_the_models(name):
     model = create_model(name)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    totals = ["total", f"{parameters:,}", f"{MULT_ADDS[name]:,}", str(FIELDS[name][-1])]
-    assert utils.summarize_model(model).splitlines()[-1].split() == totals
+    rows = plots.summarize_model(model).rows
+    parameters, mult_adds = TOTALS[name]
+    assert rows[-1] == ["total", "", "", "", f"{parameters:,}", f"{mult_adds:,}", ""]
+    assert not [row for row in rows if "ReLU" in row[0]]
+    blocks = [block for block, _ in model.named_children()]
+    fields = [(block, min(field, 28)) for block, field in zip(blocks, FIELDS[name], strict=True)]
+    assert plots.measure_fields(model, blocks) == fields
 
 
-def test_summary_has_one_aligned_line_per_layer():
-    model = create_model("Model1")
-    lines = utils.summarize_model(model).splitlines()
-    layers = utils.layer_table(model)
-    assert lines[0].split() == ["layer", "output", "kernel", "parameters", "mult-adds", "receptive", "field"]
-    assert lines[1].split() == ["convblock1.0", "Conv2d", "8×26×26", "3", "72", "48,672", "3"]
-    for line, layer in zip(lines[1:-1], layers, strict=True):
-        assert line.split()[:2] == [layer.name, layer.kind]
-    for line in lines:
-        assert len(line) == len(lines[0])
+def test_field_that_cannot_be_measured_is_left_empty():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return x.nan_to_num()
+
+    assert plots.summarize_model(nn.Sequential(nn.Conv2d(1, 1, 3), Constant())).rows[2][-1] == ""
+
+
+def test_fields_do_not_depend_on_the_algorithm_of_a_convolution():
+    """Without oneDNN, a batch of float32 is convolved in tiles."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert plots.measure_fields(nn.Sequential(nn.Conv2d(1, 4, 3)), ["0"]) == [("0", 3)]
+
+
+def test_table_is_text_or_html():
+    table = plots.Table([["layer", "output"], ["pool", "4×2×2"]])
+    assert repr(table).splitlines() == [
+        "layer                        output",
+        "pool                          4×2×2",
+    ]
+    html = "<table><tr><td>layer</td><td>output</td></tr><tr><td>pool</td><td>4×2×2</td></tr></table>"
+    assert table._repr_html_().replace("\n", "") == html
 
 
 # ---- figures ----
 
 
 def shown_images(axes):
-    """Return what the axes show, as tensors."""
-    return [torch.tensor(axis.images[0].get_array()) for axis in axes if axis.images]
+    """Return what the axes show, as one tensor."""
+    return torch.stack([torch.tensor(axis.images[0].get_array()) for axis in axes if axis.images])
 
 
-def test_figure_is_displayed_with_alternative_text_and_closed(figures):
-    figure = plt.figure()
-    utils.show_figure(figure, "name", "a description")
+def test_figure_is_displayed_as_png_with_alternative_text_and_closed(figures, notebook, capsys):
+    """With MPLBACKEND=agg, a kernel would show the text of a figure instead of a picture."""
+    figure, _ = plt.subplots()
+    plots.show_figure(figure, "name", "a description")
     assert figures[0].figure is figure
     assert figures[0].metadata == {"image/png": {"alt": "a description"}}
     assert not plt.fignum_exists(figure.number)
+    assert "image/png" in notebook.display_formatter.format(figure)[0]
+    assert capsys.readouterr().out == ""
 
 
-def test_notebook_shows_figures_as_png_with_every_backend(monkeypatch):
-    """With MPLBACKEND=agg, a kernel would show the text of a figure instead of a picture."""
-    shell = SimpleNamespace(display_formatter=DisplayFormatter())
-    monkeypatch.setattr(utils, "get_ipython", lambda: shell)
-    figure, _ = plt.subplots()
-    utils.show_figure(figure, "name", "a description")
-    data, _ = shell.display_formatter.format(figure)
-    assert "image/png" in data
-
-
-def test_figures_are_saved_only_on_request(tmp_path, monkeypatch):
+def test_figures_are_saved_on_request_and_outside_of_a_notebook_say_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    utils.plot_mistakes([], "title")
+    monkeypatch.setattr(plots, "get_ipython", lambda: None)
+    plots.plot_mistakes([], "title")
+    assert "mistakes is not shown: set S7_FIGURES" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("S7_FIGURES", str(tmp_path / "new" / "images"))
-    utils.plot_history(utils.History(), "title")
-    utils.plot_mistakes([], "title")
-    utils.plot_confusion(torch.eye(10, dtype=torch.long), "title")
-    utils.plot_features(create_model("Model4"), torch.zeros(1, 28, 28), "title")
+    plots.plot_history(utils.History(), "title")
+    plots.plot_confusion(torch.eye(10, dtype=torch.long), "title")
     names = sorted(path.name for path in (tmp_path / "new" / "images").iterdir())
-    assert names == ["confusion.png", "curves.png", "features.png", "mistakes.png"]
+    assert names == ["confusion.png", "curves.png"]
+    assert capsys.readouterr().out == ""
 
 
-def test_digits_are_plotted_with_captions(small, figures):
-    images = small(3).images
-    utils.plot_digits(images, ["9→4  80%", 1, 2], "three images", "name")
-    figure = figures[0].figure
-    assert [axis.get_title() for axis in figure.axes[:4]] == ["9→4  80%", "1", "2", ""]
-    assert [axis.axison for axis in figure.axes] == [True] * 3 + [False] * 17
-    assert torch.equal(torch.stack(shown_images(figure.axes)), images)
-    assert figure.get_suptitle() == "three images"
-    assert figures[0].alt == "three images: 9→4  80%, 1, 2"
-
-
-def test_at_most_20_digits_are_plotted(small, figures):
+def test_at_most_20_digits_are_plotted_with_captions(small, figures):
     data = utils.normalize(small(25).images)
-    utils.plot_digits(data, range(25), "images", "name")
-    axes = figures[0].figure.axes
-    assert torch.equal(torch.stack(shown_images(axes)), data[:20, 0])
-    assert axes[-1].get_title() == "19"
+    plots.plot_digits(data, range(25), "25 images", "name")
+    plots.plot_digits(small(3).images, ["9→4  80%", 1, 2], "three images", "name")
+    many = figures[0].figure.axes
+    few = figures[1].figure.axes
+    assert torch.equal(shown_images(many), data[:20, 0])
+    assert many[-1].get_title() == "19"
     assert figures[0].alt.endswith(", 18, 19")
+    assert torch.equal(shown_images(few), small(3).images)
+    assert [axis.get_title() for axis in few[:4]] == ["9→4  80%", "1", "2", ""]
+    assert [axis.axison for axis in few] == [True] * 3 + [False] * 17
+    assert figures[1].figure.get_suptitle() == "three images"
+    assert figures[1].alt == "three images: 9→4  80%, 1, 2"
 
 
 # ---- history ----
 
 
-def history_of(test_acc, train_acc=None):
+def history_of(test_acc):
     """Return the history of a run with these accuracies; its rate drops in the last epoch."""
     count = len(test_acc)
     return utils.History(
         train_losses=[0.5, *[0.1] * (count - 1)],
-        train_acc=train_acc or [95.0] * count,
+        train_acc=[80.0, 90.0, *[95.0] * count][:count],
         test_losses=[0.3, *[0.2] * (count - 1)],
         test_acc=test_acc,
         learning_rates=[*[0.1] * (count - 1), 0.01],
@@ -161,102 +188,80 @@ def history_of(test_acc, train_acc=None):
     )
 
 
-def test_history_is_plotted_per_epoch(figures):
-    history = history_of([85.0, 96.5, 96.0], train_acc=[80.0, 90.0, 95.0])
-    utils.plot_history(history, "Model3 on MNIST")
+def brightness(color):
+    """Return the relative luminance of a color, from 0 to 1, as WCAG 2 defines it."""
+    rgb = torch.tensor(to_rgb(color))
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return linear @ torch.tensor([0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("style", ["default", "dark_background"])
+def test_history_is_plotted_per_epoch(figures, style):
+    history = history_of([85.0, 96.5, 96.0])
+    with plt.style.context(style):
+        plots.plot_history(history, "Model3 on MNIST", augmented_epochs=2)
     losses, accuracies, rates = figures[0].figure.axes
+    for axis, one, other in (
+        (losses, history.train_losses, history.test_losses),
+        (accuracies, history.train_acc, history.test_acc),
+    ):
+        train, test = axis.lines[:2]
+        assert list(train.get_ydata()) == one
+        assert list(test.get_ydata()) == other
+        assert train.get_color() != test.get_color()
+        assert train.get_linestyle() != test.get_linestyle()
+        legend = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert legend[:2] == ["train", "test"]
+        assert legend[-1] == "augmentation ends"
+    assert list(rates.lines[0].get_ydata()) == history.learning_rates
+    assert set(accuracies.lines[2].get_ydata()) == {99.4}
     for axis in (losses, accuracies, rates):
-        assert axis.get_xlabel() == "epoch"
+        assert list(axis.lines[0].get_xdata()) == [1, 2, 3]
+        assert set(axis.lines[-1].get_xdata()) == {2.5}
+        background = brightness(axis.get_facecolor())
         for line in axis.lines:
-            assert list(line.get_xdata()) == [1, 2, 3]
-    assert [list(line.get_ydata()) for line in losses.lines] == [[0.5, 0.1, 0.1], [0.3, 0.2, 0.2]]
-    assert [list(line.get_ydata()) for line in accuracies.lines] == [history.train_acc, history.test_acc]
-    assert list(rates.lines[0].get_ydata()) == [0.1, 0.1, 0.01]
-    # the first epoch does not set the scale
-    assert losses.get_ylim() == pytest.approx((0, 0.22))
+            dark, light = sorted([background, brightness(line.get_color())])
+            assert (light + 0.05) / (dark + 0.05) > 3  # the contrast that WCAG asks of graphics
+    assert losses.get_ylim() == pytest.approx((0, 0.22))  # the first epoch does not set the scale
     assert accuracies.get_ylim() == pytest.approx((89.7, 100))
     assert rates.get_ylim()[0] == 0
     assert "test 96.00 %" in figures[0].alt
     assert "\n" not in figures[0].alt
 
 
-def test_curves_of_training_and_test_are_told_apart(figures):
-    utils.plot_history(history_of([85.0, 96.5, 96.0]), "Model3 on MNIST")
-    for axis in figures[0].figure.axes[:2]:
-        train, test = axis.lines
-        assert [train.get_label(), test.get_label()] == ["train", "test"]
-        assert train.get_color() != test.get_color()
-        assert train.get_linestyle() != test.get_linestyle()
-        assert axis.get_legend() is not None
+@pytest.mark.parametrize("augmented_epochs", [None, -3, 0, 2])
+def test_history_without_an_end_of_the_augmentation_has_no_line_for_it(figures, augmented_epochs):
+    plots.plot_history(history_of([85.0, 96.5]), "interrupted", augmented_epochs)
+    losses, _, rates = figures[0].figure.axes
+    assert [len(losses.lines), len(rates.lines)] == [2, 1]
+    assert losses.get_ylim()[1] > 0.5  # two epochs are plotted completely
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_history_of_few_epochs_is_plotted_completely(figures, epochs):
-    utils.plot_history(history_of([85.0, 96.5][:epochs]), "interrupted")
-    for axis in figures[0].figure.axes:
-        low, high = axis.get_ylim()
-        for line in axis.lines:
-            assert low <= min(line.get_ydata())
-            assert max(line.get_ydata()) <= high
+def test_first_epoch_above_the_target():
+    assert plots.first_epoch_above([99.3, 99.4, 99.5]) == 2
+    assert plots.first_epoch_above([99.5, 99.39, 99.4]) == 3
+    assert plots.first_epoch_above([99.5, 99.3]) is None
 
 
-# ---- summary of a run ----
-
-
-@pytest.mark.parametrize(
-    ("accuracies", "epoch"),
-    [
-        pytest.param([99.3, 99.4, 99.5], 2, id="from the second epoch"),
-        pytest.param([99.5, 99.39, 99.4], 3, id="again after a drop"),
-        pytest.param([99.5, 99.3], None, id="not in the last epoch"),
-        pytest.param([], None, id="no epoch"),
-    ],
-)
-def test_first_epoch_above_the_target(accuracies, epoch):
-    assert utils.first_epoch_above(accuracies) == epoch
-
-
-def test_run_without_a_completed_epoch_is_summarized():
-    assert utils.summarize_run(utils.History(), "interrupted") == "interrupted: no completed epoch"
-
-
-def test_run_of_one_epoch_is_summarized():
-    assert utils.summarize_run(history_of([98.0]), "Model3 on MNIST").splitlines() == [
-        "Model3 on MNIST: 1 epoch, learning rate 0.01",
-        "last epoch: train 95.00 %, test 98.00 %",
+def test_run_is_summarized():
+    assert plots.summarize_run(utils.History(), "Run") == "Run: no completed epoch"
+    assert plots.summarize_run(history_of([98.0]), "Run").splitlines() == [
+        "Run: 1 epoch, learning rate 0.01",
+        "last epoch: train 80.00 %, test 98.00 %",
     ]
-
-
-def test_run_of_three_epochs_is_summarized():
-    assert utils.summarize_run(history_of([99.0, 99.4, 99.5]), "Model3 on MNIST").splitlines() == [
-        "Model3 on MNIST: 3 epochs, learning rate from 0.1 to 0.01",
-        "last epoch: train 95.00 %, test 99.50 %",
-        "test accuracy over the last 3 epochs: mean 99.30 %, minimum 99.00 %",
-        "test accuracy ≥ 99.4 %: from epoch 2 on",
-    ]
-
-
-def test_run_of_15_epochs_is_summarized():
     history = history_of([98.0] * 10 + [98.9, 99.2, 99.41, 99.43, 99.4])
-    assert utils.summarize_run(history, "Model3 on MNIST").splitlines() == [
-        "Model3 on MNIST: 15 epochs, learning rate from 0.1 to 0.01",
+    assert plots.summarize_run(history, "Run").splitlines() == [
+        "Run: 15 epochs, learning rate from 0.1 to 0.01",
         "last epoch: train 95.00 %, test 99.40 %",
         "test accuracy over the last 5 epochs: mean 99.27 %, minimum 98.90 %",
         "test accuracy ≥ 99.4 %: from epoch 13 on",
     ]
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "result"),
-    [
-        pytest.param([98.0] + [99.4] * 5, ": met", id="met"),
-        pytest.param([99.5] * 5 + [99.39], ": not met", id="not met"),
-        pytest.param([99.5], "only 1 epoch", id="one epoch"),
-        pytest.param([99.5] * 4, "only 4 epochs", id="four epochs"),
-    ],
-)
-def test_target_is_met_by_the_last_five_epochs(accuracies, result):
-    assert utils.check_target(history_of(accuracies)).endswith(result)
+def test_target_is_met_by_the_last_five_epochs():
+    assert plots.check_target(history_of([98.0] + [99.4] * 5)).endswith(": met")
+    assert plots.check_target(history_of([99.5] * 5 + [99.39])).endswith(": not met")
+    assert plots.check_target(history_of([99.5] * 4)).endswith("only 4 epochs")
 
 
 # ---- misclassified images ----
@@ -267,7 +272,7 @@ PROBABILITIES = [0.9, 0.5, 0.6, 0.4, 0.8, 0.7, 0.7]  # image 4 with the highest 
 
 
 class Scripted(nn.Module):
-    """A model that gives the seven predictions; image i is recognized by its constant brightness i."""
+    """A model of logits for the seven predictions; image i is recognized by its constant brightness i."""
 
     def forward(self, data):
         assert not self.training
@@ -276,7 +281,7 @@ class Scripted(nn.Module):
             i = int(image[0, 0, 0])
             row.fill_((1 - PROBABILITIES[i]) / 9)
             row[PREDICTIONS[i]] = PROBABILITIES[i]
-        return probabilities.log()
+        return probabilities.log() + 3
 
 
 @pytest.fixture
@@ -285,53 +290,26 @@ def found():
     data = torch.arange(7.0).view(7, 1, 1, 1).expand(7, 1, 28, 28)
     target = torch.tensor(TARGETS)
     batches = [(data[:3], target[:3]), (data[3:], target[3:])]
-    return utils.find_mistakes(Scripted().train(), "cpu", batches)
+    return plots.find_mistakes(Scripted().train(), "cpu", batches)
 
 
-def test_mistakes_are_sorted_by_confidence(found):
-    _, mistakes = found
-    images, targets, predictions, probabilities = zip(*mistakes, strict=True)
-    assert torch.equal(torch.stack(images)[:, 0, 0, 0], torch.tensor([4.0, 5.0, 1.0, 3.0]))
-    assert targets == (9, 9, 1, 2)
-    assert predictions == (4, 4, 7, 0)
-    assert probabilities == pytest.approx((0.8, 0.7, 0.5, 0.4))
-
-
-def test_confusion_matrix_counts_true_by_predicted_digits(found):
-    confusion, _ = found
+def test_mistakes_are_found_and_plotted_by_confidence(found, figures):
+    confusion, mistakes = found
     expected = torch.zeros(10, 10, dtype=torch.long)
     for target, predicted in zip(TARGETS, PREDICTIONS, strict=True):
         expected[target, predicted] += 1
     assert torch.equal(confusion, expected)
-
-
-def test_mistakes_are_plotted_in_the_given_order(found, figures):
-    _, mistakes = found
-    utils.plot_mistakes(mistakes, "Model3 on MNIST")
+    assert [mistake.probability for mistake in mistakes] == pytest.approx([0.8, 0.7, 0.5, 0.4])
+    plots.plot_mistakes(mistakes, "Model3 on MNIST")
     axes = figures[0].figure.axes
     titles = [axis.get_title() for axis in axes[:5]]
     assert titles == ["9→4  80%", "9→4  70%", "1→7  50%", "2→0  40%", ""]
-    assert torch.equal(shown_images(axes)[2], torch.ones(28, 28))
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        pytest.param(0, ": 0 misclassified images", id="none"),
-        pytest.param(1, ": 1 misclassified image,", id="one"),
-        pytest.param(30, ": 30 misclassified images", id="more than are plotted"),
-    ],
-)
-def test_mistakes_are_counted(found, figures, count, text):
-    _, mistakes = found
-    utils.plot_mistakes(mistakes[:1] * count, "Model3 on MNIST")
-    assert text in figures[0].figure.get_suptitle()
-    assert text in figures[0].alt
+    assert shown_images(axes)[:, 0, 0].tolist() == [4, 5, 1, 3]
+    assert "4 misclassified images" in figures[0].alt
 
 
 def test_confusion_matrix_is_plotted_with_counts_and_accuracies(found, figures):
-    confusion, _ = found
-    utils.plot_confusion(confusion, "Model3 on MNIST")
+    plots.plot_confusion(found[0], "Model3 on MNIST")
     axis = figures[0].figure.axes[0]
     texts = {text.get_position(): text.get_text() for text in axis.texts}
     assert len(texts) == 100
@@ -342,70 +320,78 @@ def test_confusion_matrix_is_plotted_with_counts_and_accuracies(found, figures):
     assert colored[9, 4] == 2
     assert colored[0, 0] == 0  # correct predictions are not colored
     labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert labels[0] == "0  (100.0 %)"
-    assert labels[2] == "2  (50.0 %)"
+    assert labels[:4] == ["0  (100.0 %)", "1  (0.0 %)", "2  (50.0 %)", "3  (0.0 %)"]
     assert axis.get_xlabel() == "predicted digit"
     assert "4 misclassified images" in figures[0].alt
 
 
 def test_most_confused_digits_are_counted_both_ways():
     confusion = 90 * torch.eye(10, dtype=torch.long)
+    assert plots.most_confused(confusion) == "no digits were confused"
     confusion[4, 9] = 3
     confusion[9, 4] = 2
     confusion[7, 2] = 4
     confusion[5, 3] = 1
     confusion[8, 6] = 1
     lines = ["4 and 9: 5 images", "2 and 7: 4 images", "3 and 5: 1 image", "6 and 8: 1 image"]
-    assert utils.most_confused(confusion).splitlines() == lines[:3]
-    assert utils.most_confused(confusion, count=10).splitlines() == lines
+    assert plots.most_confused(confusion).splitlines() == lines[:3]
+    assert plots.most_confused(confusion, count=10).splitlines() == lines
 
 
-def test_no_digits_are_confused_without_mistakes():
-    assert utils.most_confused(torch.eye(10, dtype=torch.long)) == "no digits were confused"
+# ---- features and receptive fields ----
 
 
-# ---- features ----
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_features_are_those_of_each_block(small, figures, name):
-    model = create_model(name).eval()
-    image = utils.normalize(small(1).images)[0]
-    utils.plot_features(model, image, "title")
-    axes = figures[0].figure.axes
-    assert len(axes) == 10 * (1 + len(FIELDS[name]))
-    assert axes[0].get_ylabel() == "filters\n3×3"
-    filters = next(model.parameters()).detach()
-    assert torch.equal(torch.stack(shown_images(axes[:10])), filters[:10, 0])
-
-    data = image.unsqueeze(0)
-    for row, (attribute, block) in enumerate(model.named_children()):
-        data = block(data).detach()
-        size = "×".join(map(str, data.shape[1:]))
-        field = FIELDS[name][row]
-        row_axes = axes[10 * row + 10 : 10 * row + 20]  # below the filters
-        assert row_axes[0].get_ylabel() == f"{attribute}\n{size}\nfield {field}×{field}"
-        assert torch.equal(torch.stack(shown_images(row_axes)), data[0, :10])
-        scale = (data.min().item(), data.max().item())
-        assert row_axes[0].images[0].get_clim() == scale  # the same in the whole row
-
-
-def test_features_of_a_layer_before_an_in_place_relu_are_its_own(figures):
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True))
-    image = torch.randn(1, 28, 28)
-    utils.plot_features(model, image, "title")
-    expected = model[0](image.unsqueeze(0)).detach()
-    assert torch.equal(torch.stack(shown_images(figures[0].figure.axes[10:20])), expected[0])
-
-
-def test_reports_leave_weights_and_statistics_alone():
-    model = create_model("Model1").train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    data = torch.ones(1, 1, 28, 28)
-    utils.summarize_model(model)
+def test_features_are_those_of_each_block(figures):
+    model = nn.Sequential(
+        nn.Conv2d(1, 12, 3, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(inplace=True),  # must not change what is shown of the layer before
+        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(12, 10, 1),
+    )
+    sizes = ["12×26×26\nfield 3"] * 3 + ["12×1×1\nfield 28", "10×1×1\nfield 28"]
+    data = torch.randn(1, 1, 28, 28)
+    plots.plot_features(model.train(), data[0], "title")
     assert model.training
-    utils.find_mistakes(model, "cpu", [(data, torch.tensor([3]))])
-    model.train()
-    utils.plot_features(model, data[0], "title")
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
+    assert model[1].num_batches_tracked == 0  # the statistics are those of before
+    axes = figures[0].figure.axes
+    assert len(axes) == 70
+    assert torch.equal(shown_images(axes[:10])[0], data[0, 0])
+    assert axes[10].get_ylabel() == "filters\n3×3"
+    assert torch.equal(shown_images(axes[10:20]), model[0].weight.detach()[:10, 0])
+    model.eval()
+    for number, size in enumerate(sizes):
+        data = model[number](data.clone()).detach()
+        row_axes = axes[10 * number + 20 : 10 * number + 30]
+        assert row_axes[0].get_ylabel() == f"{number}\n{size}"
+        torch.testing.assert_close(shown_images(row_axes).float(), data[0, :10])
+        scale = (data.min().item(), data.max().item())
+        assert row_axes[0].images[0].get_clim() == pytest.approx(scale)  # one for the whole row
+    assert [axis.get_xlabel() for axis in row_axes] == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("model", "labels"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), ["image"]),
+        (
+            Branches(),
+            ["image", "frozen\n4×24×24\nfield 5", "reused\n4×12×12\nfield 10", "reused\n4×12×12\nfield 14"],
+        ),
+    ],
+)
+def test_features_of_other_networks_are_those_that_are_images(figures, model, labels):
+    plots.plot_features(model, torch.zeros(1, 28, 28), "title")
+    assert [axis.get_ylabel() for axis in figures[0].figure.axes[::10]] == labels
+
+
+def test_fields_are_squares_around_the_center_of_the_image(figures):
+    plots.plot_fields(Branches(), torch.zeros(28, 28), "title")
+    axis = figures[0].figure.axes[0]
+    labels = [square.get_label() for square in axis.patches]
+    assert labels == ["5×5: frozen", "10×10: reused", "14×14: reused", "28×28: logits"]
+    for square, field in zip(axis.patches, [5, 10, 14, 28], strict=True):
+        assert square.get_width() == square.get_height() == field
+        assert [square.get_x() + field / 2, square.get_y() + field / 2] == [13.5, 13.5]
+    plots.plot_fields(create_model("Model4"), torch.zeros(28, 28), "title")
+    assert figures[1].figure.axes[0].patches[-1].get_label() == "28×28: gap, logits"
