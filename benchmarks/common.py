@@ -18,10 +18,10 @@ if sys.platform == "linux":
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+import plots
 import utils
 from model import Network, conv, create_model, first_block, separable_block
 
@@ -59,8 +59,6 @@ class Candidate(Network):
     Model4's numbers, the same seed gives the same weights under the same names.
     """
 
-    memory_format = torch.channels_last
-
     def __init__(self, before, after):
         super().__init__()
         self.block1 = first_block(before[0])
@@ -77,6 +75,7 @@ class Candidate(Network):
             channels = width
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.logits = conv(channels, 10)
+        self.to(memory_format=torch.channels_last)
 
 
 def count_parameters(model):
@@ -89,34 +88,55 @@ def checkpoint_path(name):
     return Path(os.environ.get("S7_CHECKPOINTS") or "checkpoints") / f"{name}.pt"
 
 
-def train_model(model, recipe, train_set, test_set, path, epochs=EPOCHS, seed=1, device="cpu"):
+def create_loaders(recipe, train_set, test_set, device):
+    """Return the loaders of the training and the test set."""
+    train_loader = utils.BatchLoader(
+        train_set, recipe.batch_size, device, shuffle=True, augmentation=recipe.augmentation
+    )
+    return train_loader, utils.BatchLoader(test_set, recipe.batch_size, device)
+
+
+def train_model(
+    path,
+    model,
+    optimizer,
+    scheduler,
+    train_loader,
+    test_loader,
+    criterion,
+    epochs,
+    seed,
+    augmented_epochs,
+    step_per_epoch=True,
+):
     """Train as the notebook does; return the `History`.
 
-    An interrupted run is resumed from the checkpoint at `path`. Raise ValueError if that is the checkpoint
-    of a different run.
+    The arguments are those of `utils.Run`. With `step_per_epoch=False` the scheduler is not stepped here,
+    because a hook of the optimizer does it after every batch. An interrupted run is resumed from the
+    checkpoint at `path`. Raise ValueError if that is the checkpoint of a different run.
     """
-    train_loader = utils.BatchLoader(
-        train_set,
-        recipe.batch_size,
-        device,
-        shuffle=True,
-        augmentation=recipe.augmentation,
-        augmented_epochs=epochs - recipe.clean_epochs,
-    )
-    test_loader = utils.BatchLoader(test_set, recipe.batch_size, device)
-    optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
-    scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
-    criterion = F.nll_loss
+    device = next(model.parameters()).device
     run = utils.Run(
-        path, model, optimizer, scheduler, train_loader, criterion, epochs=epochs, seed=seed, resume=True
+        path,
+        model,
+        optimizer,
+        scheduler,
+        train_loader,
+        test_loader,
+        criterion,
+        epochs,
+        seed,
+        augmented_epochs,
+        resume=True,
     )
     for epoch in run.remaining_epochs():
-        train_loader.set_epoch(epoch)
+        if epoch > augmented_epochs:
+            train_loader.augmentation = None
         train_loss, train_acc = utils.train(model, device, train_loader, optimizer, criterion)
         test_loss, test_acc = utils.test(model, device, test_loader, criterion)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(test_loss)
-        else:
+        elif step_per_epoch:
             scheduler.step()
         run.record(train_loss, train_acc, test_loss, test_acc)
     return run.history
@@ -129,13 +149,6 @@ def load_model(path):
     model = create_model(name)
     model.load_state_dict(state["model"])
     return name, model.eval()
-
-
-def default_device():
-    """Return "cuda" if there is a GPU that PyTorch can use, otherwise "cpu"."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "cpu"
 
 
 def machine_columns(device):
@@ -209,9 +222,9 @@ def recorded_runs(rows, device="CPU"):
 
 def mean_of_last_epochs(history):
     """Return the mean test accuracy of the last epochs of a run, in percent."""
-    return statistics.mean(history.test_acc[-utils.LAST_EPOCHS :])
+    return statistics.mean(history.test_acc[-plots.LAST_EPOCHS :])
 
 
 def lowest_of_last_epochs(history):
     """Return the lowest test accuracy of the last epochs of a run, in percent."""
-    return min(history.test_acc[-utils.LAST_EPOCHS :])
+    return min(history.test_acc[-plots.LAST_EPOCHS :])

@@ -1,12 +1,17 @@
 """Hyperparameter search for Models 4 and 5, on a validation split of the training set.
 
-    python benchmarks/search.py     train every configuration that is not yet in search.csv
+    python benchmarks/search.py                             train all runs that are not yet in search.csv
+    python benchmarks/search.py --only ema --seeds 1 3 5    train some of them
+
+`--only` selects the configurations with this text in their columns of search.csv. An interrupted run is
+resumed. Several processes may run in parallel if each has its own configurations or seeds.
 
 Each run trains on 50,000 images of a fixed permutation of MNIST's training set and is validated on the
 other 10,000; the test images are not used. A configuration is a network like Model4 and the recipe
 `BASE`, with the listed changes.
 """
 
+import argparse
 import json
 import re
 import statistics
@@ -16,14 +21,16 @@ from typing import NamedTuple
 
 import common
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.optim.lr_scheduler import StepLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import plots
 import utils
 
 CSV = common.ROOT / "benchmarks" / "search.csv"
-IMAGES = 60_000
-TRAIN_IMAGES = 50_000
 BASE = utils.Recipe(  # Model4's when the search began; written out, so that recorded rows keep their meaning
     sgd=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
     scheduler=StepLR,
@@ -38,13 +45,15 @@ class Configuration(NamedTuple):
 
     before: list  # output channels of the blocks before the pool
     after: list  # and after it
-    changes: dict  # of `BASE`; the augmentation is given by the arguments of `utils.random_affine`
+    changes: dict  # of `BASE`, the augmentation as the arguments of `utils.random_affine`; see also `IDEAS`
     seeds: tuple = (1, 2, 3)
 
 
 EARLIER_MODEL4 = ([16, 16, 24], [32, 36, 36, 36])
 MODEL4 = ([16, 16], [32, 32, 32, 32, 40])
 MODEL5 = ([16, 16], [24, 24, 24, 28])
+TEACHER = Configuration(*MODEL4, {"clean_epochs": 6})
+IDEAS = ("ema", "teacher", "temperature")  # changes that are not part of a recipe
 CONFIGURATIONS = [
     # the recipe
     Configuration(*EARLIER_MODEL4, {}),
@@ -84,18 +93,69 @@ CONFIGURATIONS = [
     Configuration(*MODEL5, {"clean_epochs": 6, "scheduler_args": {"step_size": 1, "gamma": 0.7}}),
     Configuration(*MODEL5, {"clean_epochs": 6, "sgd": {**BASE.sgd, "lr": 0.3}}, seeds=(1, 2)),
     Configuration(*MODEL4, {"clean_epochs": 6, "sgd": {**BASE.sgd, "lr": 0.2}}),
+    # an average of Model5's weights, and Model4 as its teacher
+    Configuration(*MODEL5, {"clean_epochs": 6, "ema": 0.998}, seeds=(1, 2, 3, 4, 5)),
+    Configuration(*MODEL5, {"clean_epochs": 6, "teacher": "Model4", "temperature": 2}, seeds=(1, 2, 3, 4, 5)),
+    # the design exercise: a network whose width grows from block to block
+    Configuration([16, 16], [24, 32, 40, 48], {"clean_epochs": 6}),
 ]
 
 
-def split(train_set):
-    """Return 50,000 images to train on and 10,000 to validate on, which are the same in every run."""
-    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))
-    return train_set[order[:TRAIN_IMAGES]], train_set[order[TRAIN_IMAGES:]]
+class Averaged(nn.Module):
+    """A network that is trained, and the exponential moving average of its weights, which is evaluated.
+
+    The average, of BatchNorm's statistics too, is updated after every step of the optimizer. Both are part
+    of the `state_dict`, so that a run can be resumed.
+    """
+
+    def __init__(self, network, optimizer, decay):
+        super().__init__()
+        self.network = network
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        optimizer.register_step_post_hook(lambda *args: self.average.update_parameters(network))
+
+    def forward(self, x):
+        if self.training:
+            return self.network(x)
+        return self.average(x)
+
+
+class TeacherLoss:
+    """A criterion: half the negative log-likelihood, half the divergence from a teacher's probabilities.
+
+    The teacher sees the batches of the student. Both probabilities are taken at a temperature, whose square
+    keeps the gradients' scale (Hinton et al., 2015, arXiv:1503.02531). In evaluation, the criterion is the
+    negative log-likelihood.
+    """
+
+    def __init__(self, student, teacher, temperature):
+        self.teacher = teacher.eval()
+        self.temperature = temperature
+        student.register_forward_pre_hook(self.keep_batch)
+
+    def keep_batch(self, student, inputs):
+        self.batch = inputs[0]
+
+    def __call__(self, output, target):
+        loss = F.nll_loss(output, target)
+        if not output.requires_grad:
+            return loss
+        with torch.no_grad():
+            expected = self.teacher(self.batch)
+        divergence = F.kl_div(
+            (output / self.temperature).log_softmax(dim=1),
+            (expected / self.temperature).log_softmax(dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return 0.5 * loss + 0.5 * self.temperature**2 * divergence
 
 
 def changed_recipe(changes):
     """Return `BASE` with the changes of a configuration."""
     changes = dict(changes)
+    for name in IDEAS:
+        changes.pop(name, None)
     if "augmentation" in changes:
         changes["augmentation"] = partial(utils.random_affine, **changes["augmentation"])
     return replace(BASE, **changes)
@@ -111,26 +171,50 @@ def identity(configuration, seed):
     }
 
 
+def train_configuration(configuration, seed, train_set, validation_set, epochs):
+    """Train one configuration with one seed, and its teacher first; return the network and the `History`."""
+    changes = configuration.changes
+    if "teacher" in changes:
+        teacher, _ = train_configuration(TEACHER, seed, train_set, validation_set, epochs)
+    device = utils.choose_device()
+    recipe = changed_recipe(changes)
+    torch.manual_seed(seed)
+    network = common.Candidate(configuration.before, configuration.after).to(device)
+    optimizer = torch.optim.SGD(network.parameters(), **recipe.sgd)
+    scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
+    model = network
+    criterion = F.nll_loss
+    if "ema" in changes:
+        model = Averaged(network, optimizer, changes["ema"])
+    if "teacher" in changes:
+        criterion = TeacherLoss(network, teacher, changes["temperature"])
+    name = re.sub("[^A-Za-z0-9.]+", "-", " ".join(identity(configuration, seed).values()))
+    history = common.train_model(
+        common.checkpoint_path(f"search-{name}"),
+        model,
+        optimizer,
+        scheduler,
+        *common.create_loaders(recipe, train_set, validation_set, device),
+        criterion,
+        epochs,
+        seed,
+        epochs - recipe.clean_epochs,
+    )
+    return network, history
+
+
 def train_and_describe(configuration, seed, train_set, validation_set, epochs=common.EPOCHS):
     """Train one configuration with one seed; return its row of search.csv."""
-    columns = identity(configuration, seed)
-    device = common.default_device()
-    name = re.sub("[^a-z0-9.]+", "-", " ".join(columns.values()))
-    path = common.checkpoint_path(f"search-{name}")
-    torch.manual_seed(seed)
-    model = common.Candidate(configuration.before, configuration.after)
-    model.to(device, memory_format=model.memory_format)
-    recipe = changed_recipe(configuration.changes)
-    history = common.train_model(model, recipe, train_set, validation_set, path, epochs, seed, device)
+    network, history = train_configuration(configuration, seed, train_set, validation_set, epochs)
     return {
-        **columns,
-        "parameters": common.count_parameters(model),
+        **identity(configuration, seed),
+        "parameters": common.count_parameters(network),
         "mean_last_five": round(common.mean_of_last_epochs(history), 3),
         "worst_last_five": common.lowest_of_last_epochs(history),
-        "loss_last_five": round(statistics.mean(history.test_losses[-utils.LAST_EPOCHS :]), 5),
+        "loss_last_five": round(statistics.mean(history.test_losses[-plots.LAST_EPOCHS :]), 5),
         "val_acc_by_epoch": " ".join(f"{accuracy:.2f}" for accuracy in history.test_acc),
         "seconds": round(statistics.median(history.seconds), 1),
-        **common.machine_columns(device),
+        **common.machine_columns(utils.choose_device()),
     }
 
 
@@ -141,11 +225,17 @@ def is_recorded(configuration, seed):
 
 
 def main():
-    train_set, validation_set = split(utils.load_data(standin=False)[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--seeds", nargs="+", type=int, default=common.SEEDS)
+    args = parser.parse_args()
+    train_set, validation_set = utils.split(utils.load_data(standin=False)[0])
     wanted = []
     for configuration in CONFIGURATIONS:
         for seed in configuration.seeds:
-            wanted.append((configuration, seed))
+            columns = " ".join(identity(configuration, seed).values())
+            if seed in args.seeds and args.only in columns:
+                wanted.append((configuration, seed))
     for configuration, seed in tqdm(wanted, desc="runs"):
         if not is_recorded(configuration, seed):
             row = train_and_describe(configuration, seed, train_set, validation_set)
