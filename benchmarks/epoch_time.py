@@ -52,12 +52,7 @@ def create_loader(variant, recipe, train_set, device):
     if variant == WORKERS:
         return standard_loader(recipe, len(train_set), device, workers=4)
     loader = utils.BatchLoader(
-        train_set,
-        recipe.batch_size,
-        device,
-        shuffle=True,
-        augmentation=recipe.augmentation,
-        augmented_epochs=1,
+        train_set, recipe.batch_size, device, shuffle=True, augmentation=recipe.augmentation
     )
     if variant == COMPUTE_ONLY:
         data = loader.data.split(recipe.batch_size)
@@ -159,7 +154,7 @@ def main():
     parser.add_argument("--tenth", action="store_true", help="use a tenth of the data")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = common.default_device()
+    device = utils.choose_device()
     train_set, _ = utils.load_data(standin=False)
     if args.tenth:
         train_set = tenth(train_set)

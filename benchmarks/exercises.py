@@ -21,20 +21,12 @@ PER_BATCH = "OneCycleLR, stepped per batch"
 PER_EPOCH = "OneCycleLR made for batches, stepped per epoch"
 
 
-def train_variant(variant, train_set, test_set, path, epochs=common.EPOCHS):
-    """Train Model4 with one change, as the exercise says; return the `History`."""
+def measure(variant, train_set, test_set, epochs=common.EPOCHS):
+    """Train Model4 with one change, as the exercise says; return the row of exercises.csv."""
     recipe = utils.RECIPES["Model4"]
     torch.manual_seed(SEED)
     model = create_model("Model4")
-    train_loader = utils.BatchLoader(
-        train_set,
-        recipe.batch_size,
-        "cpu",
-        shuffle=True,
-        augmentation=recipe.augmentation,
-        augmented_epochs=epochs - recipe.clean_epochs,
-    )
-    test_loader = utils.BatchLoader(test_set, recipe.batch_size, "cpu")
+    train_loader, test_loader = common.create_loaders(recipe, train_set, test_set, "cpu")
     if variant == ADAMW:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         scheduler = StepLR(optimizer, **recipe.scheduler_args)
@@ -43,23 +35,19 @@ def train_variant(variant, train_set, test_set, path, epochs=common.EPOCHS):
         scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=epochs * len(train_loader))
     if variant == PER_BATCH:
         optimizer.register_step_post_hook(lambda *args: scheduler.step())
-    run = utils.Run(
-        path, model, optimizer, scheduler, train_loader, F.nll_loss, epochs=epochs, seed=SEED, resume=True
+    history = common.train_model(
+        common.checkpoint_path(f"exercises-{variant}-{train_set.name}".replace(" ", "-")),
+        model,
+        optimizer,
+        scheduler,
+        train_loader,
+        test_loader,
+        F.nll_loss,
+        epochs,
+        SEED,
+        epochs - recipe.clean_epochs,
+        step_per_epoch=variant != PER_BATCH,
     )
-    for epoch in run.remaining_epochs():
-        train_loader.set_epoch(epoch)
-        train_loss, train_acc = utils.train(model, "cpu", train_loader, optimizer, F.nll_loss)
-        test_loss, test_acc = utils.test(model, "cpu", test_loader, F.nll_loss)
-        if variant != PER_BATCH:
-            scheduler.step()
-        run.record(train_loss, train_acc, test_loss, test_acc)
-    return run.history
-
-
-def measure(variant, train_set, test_set, epochs=common.EPOCHS):
-    """Train one variant; return its row of exercises.csv."""
-    path = common.checkpoint_path(f"exercises-{variant}-{train_set.name}".replace(" ", "-"))
-    history = train_variant(variant, train_set, test_set, path, epochs)
     return {
         "variant": variant,
         "data": train_set.name,
