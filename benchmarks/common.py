@@ -52,6 +52,32 @@ PUBLISHED = {
 }
 
 
+class Step(NamedTuple):
+    """Runs that differ from others by one change."""
+
+    model: str
+    schedule: str
+    change: str
+
+
+MODEL4 = Step("Model4", "described", "Model4")
+STEPS = [  # from Model1 to Model4
+    Step("Model1", "described", "Model1"),
+    Step("Model1", "no_dropout", "Model1 without dropout"),
+    Step("Model2", "described", "Model2's network"),
+    Step("Model2", "rate", "Model4's optimizer and scheduler"),
+    Step("Model2", "augment", "augmentation"),
+    Step("Model2", "clean_epochs", "no augmentation in the last epochs"),
+    Step("Model4", "described", "Model4's network"),
+]
+WITHOUT = [  # Model4, with one thing taken out
+    Step("Model4", "no_augmentation", "no augmentation"),
+    Step("Model4", "augment", "augmentation until the end"),
+    Step("Model4", "constant", "constant learning rate, 0.1"),
+    Step("Model2", "clean_epochs", "Model2's network"),
+]
+
+
 class Candidate(Network):
     """A network like Model4, with other numbers of channels.
 
@@ -193,26 +219,23 @@ def csv_text(rows, header):
     return text.getvalue()
 
 
-def recorded_runs(rows, device="CPU"):
-    """Return the runs on one device that the rows of accuracy.csv contain.
+def recorded_runs(rows):
+    """Return the runs on a CPU that the rows of accuracy.csv contain.
 
-    They are a dictionary from (model, schedule) to a list of `utils.History`, one per seed in ascending
-    order. Models 2 and 3 are the same network. If Model3's learning rate never dropped, its runs are
-    bit-identical to runs of both models at a constant rate, and are returned under those keys too.
+    They are a dictionary from (model, schedule) to a dictionary from seed, in ascending order, to
+    `utils.History`. Models 2 and 3 are the same network. If Model3's learning rate never dropped, its runs
+    are bit-identical to runs of both models at a constant rate, and are returned under those keys too.
     """
-    by_seed = {}
-    for row in rows:
-        if row["device"] != device:
-            continue
-        history = by_seed.setdefault((row["model"], row["schedule"], int(row["seed"])), utils.History())
-        for column, name in ACCURACY_COLUMNS.items():
-            getattr(history, name).append(float(row[column]))
     runs = {}
-    for model, schedule, seed in sorted(by_seed):
-        runs.setdefault((model, schedule), []).append(by_seed[model, schedule, seed])
-    model3_runs = runs.get(("Model3", "described"), [])
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
+        if row["device"] == "CPU":
+            histories = runs.setdefault((row["model"], row["schedule"]), {})
+            history = histories.setdefault(int(row["seed"]), utils.History())
+            for column, name in ACCURACY_COLUMNS.items():
+                getattr(history, name).append(float(row[column]))
+    model3_runs = runs.get(("Model3", "described"), {})
     rates = set()
-    for history in model3_runs:
+    for history in model3_runs.values():
         rates.update(history.learning_rates)
     if len(rates) == 1:
         runs["Model2", "constant"] = model3_runs

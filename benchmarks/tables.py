@@ -6,7 +6,8 @@
 A table is between the lines `<!-- table: NAME -->` and `<!-- /table -->`. `create_tables` lists the
 names. What is not recorded is left out. Accuracies are in percent; the titles are short, so that the
 tables fit a phone: "size" is the number of parameters, "min" the lowest of the last epochs, "from" the
-epoch from which the target is met, and "field" the receptive field, in pixels.
+epoch from which the target is met, and "field" the receptive field, in pixels. A gain is the mean
+difference of runs with the same seeds ± its standard error.
 """
 
 import argparse
@@ -14,37 +15,24 @@ import json
 import re
 import statistics
 import sys
-from typing import NamedTuple
 
 import common
+import search
 
-import utils
+import plots
 from model import MODELS, create_model
 
 FOLDER = common.ROOT / "benchmarks"
 PAGES = [common.ROOT / "README.md", FOLDER / "README.md"]
 START = "<!-- table: "
 MARKED_TABLE = re.compile(START + r"(?P<name>[^>]+) -->\n(?:(?!<!-- ).*\n)*<!-- /table -->")
-MEAN = f"mean, last {utils.LAST_EPOCHS}"  # the title of a column
-
-
-class Step(NamedTuple):
-    """One of the changes that lead from Model1 to Model4."""
-
-    model: str
-    schedule: str
-    change: str
-
-
-STEPS = [
-    Step("Model1", "described", "Model1"),
-    Step("Model2", "described", "Model2: wider network, no dropout"),
-    Step("Model2", "rate", "Model4's optimizer and scheduler"),
-    Step("Model2", "augment", "augmentation"),
-    Step("Model2", "clean_epochs", "no augmentation in the last epochs"),
-    Step("Model4", "described", "Model4's network"),
-]
-STEP_SEEDS = 3  # the steps between the models were run with the first three seeds only
+MEAN = f"mean, last {plots.LAST_EPOCHS}"  # the title of a column
+MEASURES = {  # of a run, by the title of their column
+    "train, best": lambda history: max(history.train_acc),
+    "test, best": lambda history: max(history.test_acc),
+    "last": lambda history: history.test_acc[-1],
+    "min": common.lowest_of_last_epochs,
+}
 
 
 # ---- cells ----
@@ -67,16 +55,31 @@ def mean_and_deviation(values):
     return f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def with_range(values):
-    """Return mean ± standard deviation, with the range of the values in parentheses."""
-    return f"{mean_and_deviation(values)} ({min(values):.2f} to {max(values):.2f})"
+def paired_differences(values, baseline):
+    """Return the differences of two dictionaries from seed to value, for the seeds that both have."""
+    return [value - baseline[seed] for seed, value in values.items() if seed in baseline]
+
+
+def gain_cell(differences):
+    """Return the mean of paired differences ± its standard error; nothing for fewer than two.
+
+    A gain of less than two standard errors is called not distinguishable from none.
+    """
+    if len(differences) < 2:
+        return ""
+    gain = statistics.mean(differences)
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    cell = f"{gain:+.2f} ± {error:.2f}"
+    if abs(gain) < 2 * error:
+        cell += ", not distinguishable"
+    return cell
 
 
 def epoch_of_target(histories):
     """Return the epoch from which every run has at least 99.4 % test accuracy, or "never"."""
     latest = 0
     for history in histories:
-        first = utils.first_epoch_above(history.test_acc)
+        first = plots.first_epoch_above(history.test_acc)
         if first is None:
             return "never"
         latest = max(latest, first)
@@ -90,131 +93,150 @@ def result_cells(histories):
     return [mean, f"{lowest:.2f}", epoch_of_target(histories)]
 
 
-def last_train_accuracy(histories):
-    """Return the train accuracy of some runs in their last epoch, as a cell."""
-    return mean_and_deviation([history.train_acc[-1] for history in histories])
-
-
-def last_test_accuracy(histories):
-    """Return the test accuracy of some runs in their last epoch, as a cell."""
-    return mean_and_deviation([history.test_acc[-1] for history in histories])
-
-
 # ---- tables from accuracy.csv ----
-
-
-def described_runs(runs):
-    """Return the runs of the models that were trained as described: a dictionary from name to list."""
-    described = {}
-    for name in MODELS:
-        if (name, "described") in runs:
-            described[name] = runs[name, "described"]
-    return described
 
 
 def overview_table(runs):
     """Return the main results of all models, trained as described."""
     rows = []
-    for name, histories in described_runs(runs).items():
-        parameters = common.count_parameters(create_model(name))
-        rows.append([name, f"{parameters:,}", *result_cells(histories)])
+    for name in MODELS:
+        if (name, "described") in runs:
+            parameters = common.count_parameters(create_model(name))
+            rows.append([name, f"{parameters:,}", *result_cells(runs[name, "described"].values())])
     return markdown_table(f"model | size | {MEAN} | min | from", rows)
 
 
-def accuracy_table(runs):
-    """Return size and accuracies of all models, trained as described, in more detail."""
-    rows = []
-    for name, histories in described_runs(runs).items():
-        layers = utils.layer_table(create_model(name))
-        mult_adds = sum(layer.mult_adds for layer in layers)
-        best = mean_and_deviation([max(history.test_acc) for history in histories])
-        accuracies = [last_train_accuracy(histories), best, last_test_accuracy(histories)]
-        rows.append([name, f"{mult_adds:,}", layers[-1].receptive_field, *accuracies])
-    return markdown_table("model | mult-adds | field | train, last | test, best | test, last", rows)
-
-
 def schedules_table(name, runs):
-    """Return the accuracy of a model per schedule, next to the published accuracies."""
-    constant = runs.get((name, "constant"), [])
-    described = runs.get((name, "described"), [])
-    schedules = {"constant, 0.01": constant, "as described": described}
+    """Return the accuracy of a model per schedule, the gain of the described one, and what was published."""
+    constant = runs.get((name, "constant"), {})
+    described = runs.get((name, "described"), {})
+    schedules = {"constant": constant, "described": described}
     if constant == described:
-        schedules = {"constant, 0.01 = as described": described}
+        schedules = {"constant = described": described}
     rows = []
     for title, histories in schedules.items():
         if histories:
-            best_train = with_range([max(history.train_acc) for history in histories])
-            best_test = with_range([max(history.test_acc) for history in histories])
-            lowest = mean_and_deviation(list(map(common.lowest_of_last_epochs, histories)))
-            rows.append([title, best_train, best_test, last_test_accuracy(histories), lowest])
+            results = [list(map(measure, histories.values())) for measure in MEASURES.values()]
+            rows.append([title, *map(mean_and_deviation, results)])
+    gains = ["gain"]
+    wins = ["seeds won"]
+    for measure in MEASURES.values():
+        differences = paired_differences(by_seed(measure, described), by_seed(measure, constant))
+        gains.append(gain_cell(differences))
+        wins.append(f"{sum(difference > 0 for difference in differences)} of {len(differences)}")
+    if constant != described:
+        rows += [gains, wins]
     published = common.PUBLISHED[name]
     rows.append(["published", f"{published.train_acc:.2f}", f"{published.test_acc:.2f}", "", ""])
-    return markdown_table("schedule | train, best | test, best | test, last | min", rows)
+    return markdown_table(" | ".join(["schedule", *MEASURES]), rows)
+
+
+def by_seed(measure, histories):
+    """Return a dictionary from seed to what `measure` gives for its run."""
+    return {seed: measure(history) for seed, history in histories.items()}
 
 
 def seeds_table(name, runs):
     """Return the accuracy of each run of a model, trained as described; the last row is about all runs."""
-    histories = runs.get((name, "described"), [])
+    histories = runs.get((name, "described"), {})
     groups = {}
-    for seed, history in enumerate(histories, 1):
+    for seed, history in histories.items():
         groups[seed] = [history]
     if histories:
-        groups["all"] = histories
+        groups["all"] = histories.values()
     rows = []
     for seed, group in groups.items():
-        rows.append([seed, last_train_accuracy(group), *result_cells(group)])
+        train = mean_and_deviation([history.train_acc[-1] for history in group])
+        rows.append([seed, train, *result_cells(group)])
     return markdown_table(f"seed | train, last | {MEAN} | min | from", rows)
 
 
 def steps_table(runs):
-    """Return the gain of each step from Model1 to Model4, over the first three seeds."""
+    """Return the steps from Model1 to Model4, and the gain of each over the step before."""
     rows = []
-    previous_mean = None
-    for step in STEPS:
-        histories = runs.get((step.model, step.schedule), [])[:STEP_SEEDS]
-        if not histories:
-            previous_mean = None
-            continue
-        mean = statistics.mean(map(common.mean_of_last_epochs, histories))
-        mean = round(mean, 2)  # as shown, so that the gains agree with the means
-        gain = ""
-        if previous_mean is not None:
-            gain = f"{mean - previous_mean:+.2f}"
-        shown_mean, lowest, _ = result_cells(histories)
-        rows.append([step.change, shown_mean, lowest, gain])
-        previous_mean = mean
+    before = {}
+    for step in common.STEPS:
+        histories = runs.get((step.model, step.schedule), {})
+        if histories:
+            rows.append(step_cells(step, histories, before))
+        before = histories
     return markdown_table(f"step | {MEAN} | min | gain", rows)
 
 
-def devices_table(rows):
-    """Return the mean of the last epochs per seed on each device that is not a CPU, and the CPU's range."""
-    lines = []
-    on_cpu = common.recorded_runs(rows)
-    for device in dict.fromkeys(row["device"] for row in rows):
-        if device == "CPU":
-            continue
-        for name, histories in described_runs(common.recorded_runs(rows, device)).items():
-            means = [f"{common.mean_of_last_epochs(history):.2f}" for history in histories]
-            expected = list(map(common.mean_of_last_epochs, on_cpu[name, "described"]))
-            lines.append([name, device, ", ".join(means), f"{min(expected):.2f} to {max(expected):.2f}"])
-    return markdown_table(f"model | device | {MEAN}, per seed | on a CPU", lines)
+def without_table(runs):
+    """Return the results of Model4, and of Model4 with one thing taken out."""
+    rows = []
+    baseline = {}
+    for step in [common.MODEL4, *common.WITHOUT]:
+        histories = runs.get((step.model, step.schedule), {})
+        if histories:
+            rows.append(step_cells(step, histories, baseline))
+        if step == common.MODEL4:
+            baseline = histories
+    return markdown_table(f"instead | {MEAN} | min | difference", rows)
+
+
+def step_cells(step, histories, baseline):
+    """Return the row of a step: its change, the mean, the lowest, and the gain over a baseline."""
+    mean, lowest, _ = result_cells(histories.values())
+    means = by_seed(common.mean_of_last_epochs, histories)
+    differences = paired_differences(means, by_seed(common.mean_of_last_epochs, baseline))
+    return [step.change, mean, lowest, gain_cell(differences)]
+
+
+# ---- tables about the networks ----
+
+
+def calculate_fields(layers):
+    """Return the jump before each layer and the receptive field after it, as a list of pairs.
+
+    A jump is the distance of neighboring values in pixels of the image.
+    """
+    pairs = []
+    jump = 1
+    field = 1
+    for layer in layers:
+        field += (layer.kernel - 1) * jump
+        pairs.append((jump, field))
+        jump *= layer.stride
+    return pairs
+
+
+def design_table(name):
+    """Return how the receptive field of a network grows from block to block, and where its parameters are.
+
+    A block is described by the kernel of its largest layer; its other layers do not change the field.
+    """
+    layers = plots.layer_table(create_model(name))
+    blocks = {}
+    for layer, (jump, field) in zip(layers, calculate_fields(layers), strict=True):
+        block = blocks.setdefault(layer.name.split(".")[0], {"jump": jump, "largest": layer, "parameters": 0})
+        if layer.kernel > block["largest"].kernel:
+            block["largest"] = layer
+        block["output"] = "×".join(map(str, layer.output))
+        block["field"] = field
+        block["parameters"] += layer.parameters
+    rows = []
+    for name, block in blocks.items():
+        largest = block["largest"]
+        cells = [name, block["output"], largest.kernel, largest.stride, block["jump"], block["field"]]
+        rows.append([*cells, f"{block['parameters']:,}"])
+    return markdown_table("block | output | kernel | stride | jump | field | parameters", rows)
+
+
+def networks_table():
+    """Return the size, the multiply-adds and the receptive field of all networks."""
+    rows = []
+    for name in MODELS:
+        layers = plots.layer_table(create_model(name))
+        parameters = sum(layer.parameters for layer in layers)
+        mult_adds = sum(layer.mult_adds for layer in layers)
+        _, field = calculate_fields(layers)[-1]
+        rows.append([name, f"{parameters:,}", f"{mult_adds:,}", field])
+    return markdown_table("model | size | mult-adds | field", rows)
 
 
 # ---- other tables ----
-
-
-def layers_table(name):
-    """Return output shape, parameters, multiply-adds and receptive field of each block of a network."""
-    blocks = {}
-    for layer in utils.layer_table(create_model(name)):
-        blocks.setdefault(layer.name.split(".")[0], []).append(layer)
-    rows = []
-    for block, layers in blocks.items():
-        output = "×".join(map(str, layers[-1].output))
-        parameters = sum(layer.parameters for layer in layers)
-        mult_adds = sum(layer.mult_adds for layer in layers)
-        rows.append([block, output, f"{parameters:,}", f"{mult_adds:,}", layers[-1].receptive_field])
-    return markdown_table("block | output | params | mult-adds | field", rows)
 
 
 def group_by(rows, columns):
@@ -236,27 +258,48 @@ def search_table(rows):
     lines = []
     for values, runs in group_by(rows, ["before", "after", "parameters", "changes"]).items():
         before, after, parameters, changes = values
-        lines.append(
-            [
-                f"{before} → {after}",
-                f"{int(parameters):,}",
-                recipe_text(json.loads(changes)),
-                len(runs),
-                f"{statistics.mean(numbers(runs, 'mean_last_five')):.3f}",
-                f"{min(numbers(runs, 'worst_last_five')):.2f}",
-                f"{statistics.mean(numbers(runs, 'loss_last_five')):.4f}",
-            ]
-        )
+        cells = [f"{before} → {after}", f"{int(parameters):,}", recipe_text(json.loads(changes))]
+        lines.append([*cells, *search_cells(runs)])
     return markdown_table("network | size | recipe | seeds | mean | min | loss", lines)
 
 
+def search_cells(runs):
+    """Return the cells about the rows of one configuration: seeds, mean, lowest, and loss."""
+    return [
+        len(runs),
+        f"{statistics.mean(numbers(runs, 'mean_last_five')):.3f}",
+        f"{min(numbers(runs, 'worst_last_five')):.2f}",
+        f"{statistics.mean(numbers(runs, 'loss_last_five')):.4f}",
+    ]
+
+
+def model5_search_table(rows):
+    """Return the changes of the recipe that were tried with Model5's network, and their gain over none."""
+    recipe = {"clean_epochs": 6}
+    columns = search.identity(search.Configuration(*search.MODEL5, recipe), seed=1)
+    network = {"before": columns["before"], "after": columns["after"]}
+    rows = [row for row in rows if network.items() <= row.items()]
+    baseline = {}
+    lines = []
+    for (text,), runs in group_by(rows, ["changes"]).items():
+        changes = json.loads(text)
+        if recipe.items() <= changes.items():
+            means = dict(zip(numbers(runs, "seed"), numbers(runs, "mean_last_five"), strict=True))
+            gain = gain_cell(paired_differences(means, baseline))
+            lines.append([recipe_text(changes), *search_cells(runs), gain])
+            if changes == recipe:
+                baseline = means
+    return markdown_table("recipe | seeds | mean | min | loss | gain", lines)
+
+
 def recipe_text(changes):
-    """Return the changes of a recipe, a nested dictionary, as text: "lr 0.07, momentum 0.9"."""
+    """Return the changes of a recipe, a nested dictionary, as text: "batch size 64, lr 0.07"."""
+    base = {**search.BASE.sgd, **search.BASE.scheduler_args, **search.BASE.augmentation.keywords}
     parts = []
     for name, value in changes.items():
         if isinstance(value, dict):
             parts.append(recipe_text(value))
-        else:
+        elif base.get(name) != value:
             parts.append(f"{name} {value}".replace("_", " "))
     return ", ".join(parts) or "base"
 
@@ -287,7 +330,7 @@ def epoch_time_table(rows):
     variants = ["DataLoader", "DataLoader, 4 workers", "this repository", "compute only"]
     for values, measured in group_by(rows, ["model", "device", "threads", "busy"]).items():
         model, device, threads, busy = values
-        machine = f"{device}, {utils.number_of(int(threads), 'thread')}"
+        machine = f"{device}, {plots.number_of(int(threads), 'thread')}"
         if busy == "1":
             machine += ", busy"
         seconds = seconds_per_variant(measured)
@@ -313,19 +356,6 @@ def ratio_cell(times, baseline):
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def spincount_table(rows):
-    """Return Model4's seconds per epoch with a tenth of the data and two threads, per `GOMP_SPINCOUNT`."""
-    lines = []
-    situation = {"model": "Model4", "variant": "this repository", "images": "6000", "threads": "2"}
-    rows = [row for row in rows if situation.items() <= row.items()]
-    for (spincount,), measured in group_by(rows, ["spincount"]).items():
-        seconds = {"0": "", "1": ""}
-        for (busy,), epochs in group_by(measured, ["busy"]).items():
-            seconds[busy] = f"{statistics.median(numbers(epochs, 'seconds')):.2f}"
-        lines.append([spincount, *seconds.values()])
-    return markdown_table("GOMP_SPINCOUNT | idle | beside a busy process", lines)
-
-
 def columns_table(rows, hidden):
     """Return all rows of a CSV file, without the `hidden` columns."""
     columns = []
@@ -342,27 +372,26 @@ def columns_table(rows, hidden):
 
 def create_tables():
     """Return every table as text, by name."""
-    accuracies = common.read_rows(FOLDER / "accuracy.csv")
-    runs = common.recorded_runs(accuracies)
-    times = common.read_rows(FOLDER / "epoch_time.csv")
+    runs = common.recorded_runs(common.read_rows(FOLDER / "accuracy.csv"))
+    search_rows = common.read_rows(FOLDER / "search.csv")
     own_digits = common.read_rows(FOLDER / "own_digits.csv")
     exercises = common.read_rows(FOLDER / "exercises.csv")
     drawing = common.read_rows(FOLDER / "drawing.csv")
     tables = {
         "overview": overview_table(runs),
-        "accuracy": accuracy_table(runs),
         "steps": steps_table(runs),
-        "devices": devices_table(accuracies),
-        "search": search_table(common.read_rows(FOLDER / "search.csv")),
+        "without": without_table(runs),
+        "design": design_table("Model4"),
+        "networks": networks_table(),
+        "search": search_table(search_rows),
+        "Model5 search": model5_search_table(search_rows),
         "dropout ablation": dropout_table(common.read_rows(FOLDER / "dropout_ablation.csv")),
         "own digits": columns_table(own_digits, hidden=["model", "device", "threads", "torch"]),
         "drawing field": columns_table(drawing, hidden=["device", "threads", "torch"]),
-        "epoch time": epoch_time_table(times),
+        "epoch time": epoch_time_table(common.read_rows(FOLDER / "epoch_time.csv")),
         "exercises": columns_table(exercises, hidden=["seed", "device", "threads", "torch"]),
-        "spincount": spincount_table(times),
     }
     for name in MODELS:
-        tables[f"{name} layers"] = layers_table(name)
         if name in common.PUBLISHED:
             tables[f"{name} schedules"] = schedules_table(name, runs)
         else:
@@ -370,35 +399,21 @@ def create_tables():
     return tables
 
 
-def marked_table(name, tables):
-    """Return a table between its markers. Raise ValueError, listing the valid names, for an unknown name."""
-    if name not in tables:
-        raise ValueError(f"there is no table {name!r}: choose one of {', '.join(tables)}")
-    return f"{START}{name} -->\n\n{tables[name]}\n\n<!-- /table -->"
+def find_stale_tables(page, tables):
+    """Return the tables of a page that are not up to date: a dictionary from name to (text, current text).
 
-
-def find_tables(page):
-    """Return the tables of a page as a list of matches. Raise ValueError if one has no end."""
+    Raise ValueError if a table has no end, and KeyError if there is no table of that name.
+    """
     matches = list(MARKED_TABLE.finditer(page))
     if len(matches) != page.count(START):
         raise ValueError("a table has no end: add the line <!-- /table -->")
-    return matches
-
-
-def stale_tables(page, tables):
-    """Return the names of the tables of a page that differ from the current ones."""
-    names = []
-    for match in find_tables(page):
-        if match.group() != marked_table(match["name"], tables):
-            names.append(match["name"])
-    return names
-
-
-def update_page(page, tables):
-    """Return a page with the current tables."""
-    for match in find_tables(page):
-        page = page.replace(match.group(), marked_table(match["name"], tables))
-    return page
+    stale = {}
+    for match in matches:
+        name = match["name"]
+        current = f"{START}{name} -->\n\n{tables[name]}\n\n<!-- /table -->"
+        if match.group() != current:
+            stale[name] = (match.group(), current)
+    return stale
 
 
 def main():
@@ -411,12 +426,12 @@ def main():
     problems = []
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
-        if args.write:
-            path.write_text(update_page(page, tables), encoding="utf-8", newline="")
-            continue
-        for name in stale_tables(page, tables):
+        for name, (text, current) in find_stale_tables(page, tables).items():
             problems.append(f"{path}: the table {name!r} is stale")
-    if problems:
+            page = page.replace(text, current)
+        if args.write:
+            path.write_text(page, encoding="utf-8", newline="")
+    if args.check and problems:
         sys.exit("\n".join([*problems, "run python benchmarks/tables.py --write"]))
 
 
