@@ -1,23 +1,25 @@
-"""Plot the recorded runs: the curves of every model, and accuracy against size.
+"""Plot the recorded runs: the steps to 99.4 %, the curves of every model, and accuracy against size.
 
-    S7_FIGURES=images python benchmarks/plots.py
+    S7_FIGURES=images python benchmarks/figures.py
 
-Writes Model1.png to Model5.png and overview.png into the folder `S7_FIGURES`. A model without recorded
-runs is left out.
+Writes steps.png, Model1.png to Model5.png and overview.png into the folder `S7_FIGURES`. What is not
+recorded is left out.
 """
 
 import statistics
+import textwrap
 
 import common
 import matplotlib.pyplot as plt
 
+import plots
 import utils
-from model import create_model
+from model import MODELS, create_model
 
 CSV = common.ROOT / "benchmarks" / "accuracy.csv"
+WIDTH = 6.5  # inches, as in the notebook; the text stays legible on a phone
 PARAMETER_LIMIT = 8000  # of the course
-CURVES_SIZE = (11, 3.4)  # inches; the width is that of the notebook's figures, so that fonts look the same
-OVERVIEW_SIZE = (11, 4.4)
+CONSTANT_COLOR = "#CC79A7"
 MODEL_COLORS = {  # distinguishable for color-blind readers (Okabe and Ito)
     "Model1": "#E69F00",
     "Model2": "#009E73",
@@ -28,57 +30,131 @@ MODEL_COLORS = {  # distinguishable for color-blind readers (Okabe and Ito)
 DODGE = {"Model2": -40, "Model3": 40}  # parameters; both have the same number, and are drawn side by side
 LABEL_ON_THE_LEFT = ("Model2", "Model4")  # there is no room on the right
 
+plt.rcParams["font.size"] = 11
+
+
+def plot_steps(runs):
+    """Plot the mean of the last epochs of every seed, a row per step from Model1 to Model4, and the mean."""
+    steps = [step for step in common.STEPS if (step.model, step.schedule) in runs]
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.4), layout="constrained")
+    for row, step in enumerate(steps):
+        histories = runs[step.model, step.schedule].values()
+        values = list(map(common.mean_of_last_epochs, histories))
+        mean = statistics.mean(values)
+        axis.scatter(values, [row] * len(values), color=plots.TEST_COLOR, alpha=0.5, s=36)
+        axis.plot(mean, row, color=plots.TRAIN_COLOR, marker="|", markersize=18, markeredgewidth=2.5)
+        axis.annotate(
+            f"{mean:.2f}", (mean, row), (0, 11), textcoords="offset points", ha="center", fontsize=10
+        )
+    axis.axvline(plots.TARGET_ACCURACY, color="gray", linestyle="--")
+    axis.set_yticks(range(len(steps)), [textwrap.fill(step.change, 20) for step in steps])
+    axis.set_ylim(len(steps) - 0.5, -0.7)  # from top to bottom
+    axis.set_xlabel(f"test accuracy (%), mean of the last {plots.LAST_EPOCHS} epochs")
+    axis.grid(alpha=0.3)
+    plots.show_figure(figure, "steps", "Test accuracy of each step from Model1 to Model4, a dot per seed")
+
 
 def plot_curves(name, runs):
-    """Plot train and test accuracy per epoch: thin lines for seeds, a thick line for their mean.
+    """Plot accuracy per epoch: thin lines for seeds, thick lines for their mean.
 
-    Models 1 and 2 have one panel per schedule, the others a single panel.
+    A second panel compares the schedules of Models 1 and 2, and shows the test loss of Model3.
     """
-    panels = {name: runs[name, "described"]}
-    if name in ("Model1", "Model2") and (name, "constant") in runs:
-        panels = {
-            f"{name}, constant rate": runs[name, "constant"],
-            f"{name}, as described": runs[name, "described"],
-        }
+    described = runs[name, "described"].values()
+    has_constant_runs = name in ("Model1", "Model2") and (name, "constant") in runs
+    panels = 1
+    if has_constant_runs or name == "Model3":
+        panels = 2
     figure, axes = plt.subplots(
-        1, len(panels), figsize=CURVES_SIZE, layout="constrained", squeeze=False, sharey=True
+        panels, 1, figsize=(WIDTH, 3.4 * panels), layout="constrained", squeeze=False, sharex=True
     )
-    for axis, (title, histories) in zip(axes[0], panels.items(), strict=True):
-        plot_seeds(axis, [history.train_acc for history in histories], utils.TRAIN_COLOR, "train")
-        plot_seeds(axis, [history.test_acc for history in histories], utils.TEST_COLOR, "test")
-        axis.set_title(title)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel("accuracy (%)")
-        axis.set_ylim(98, 100)  # early epochs may be cut off
-        legend_position = "lower right"
-        if name == "Model1":
-            axis.set_ylim(86, 100)
-            legend_position = "center right"
+    axes = axes[:, 0]
+    plot_seeds(axes[0], [history.train_acc for history in described], plots.TRAIN_COLOR, "train")
+    plot_seeds(axes[0], [history.test_acc for history in described], plots.TEST_COLOR, "test")
+    axes[0].set_title(name)
+    axes[0].set_ylabel("accuracy (%)")
+    axes[0].set_ylim(98, 100)  # early epochs may be cut off
+    if name == "Model1":
+        axes[0].set_ylim(86, 100)
+    mark_target(axes[0])
+    if has_constant_runs:
+        constant = runs[name, "constant"].values()
+        plot_seeds(axes[1], [history.test_acc for history in constant], CONSTANT_COLOR, "constant rate")
+        plot_seeds(axes[1], [history.test_acc for history in described], plots.TEST_COLOR, "as described")
+        axes[1].set_title("The schedules")
+        axes[1].set_ylabel("test accuracy (%)")
+        axes[1].set_ylim(98, 99.5)
+        mark_target(axes[1])
+    elif name == "Model3":
+        plot_seeds(axes[1], [history.test_losses for history in described], plots.TEST_COLOR, "test loss")
+        mark_best_losses(axes[1], [history.test_losses for history in described])
+        axes[1].set_title("What ReduceLROnPlateau watches")
+        axes[1].set_ylabel("test loss")
+        axes[1].set_ylim(0.025, 0.065)
+    for axis in axes:
+        mark_changes(axis, name, runs[name, "described"])
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(loc=legend_position)
-    utils.show_figure(figure, name, f"Train and test accuracy of {name} per epoch, for each seed")
+        axis.legend(fontsize=10)
+    axes[-1].set_xlabel("epoch")
+    plots.show_figure(figure, name, f"Accuracy of {name} per epoch, for each seed")
 
 
-def plot_seeds(axis, accuracies, color, label):
-    """Plot one thin line per seed and a thick one for their mean; `accuracies` is a list of lists."""
-    epochs = range(1, len(accuracies[0]) + 1)
-    for values in accuracies:
+def plot_seeds(axis, lines, color, label):
+    """Plot one thin line per seed and a thick one for their mean; `lines` has a list of values per seed."""
+    epochs = range(1, len(lines[0]) + 1)
+    for values in lines:
         axis.plot(epochs, values, color=color, linewidth=0.7, alpha=0.6)
-    means = list(map(statistics.mean, zip(*accuracies, strict=True)))
-    seeds = utils.number_of(len(accuracies), "seed")
+    means = list(map(statistics.mean, zip(*lines, strict=True)))
+    seeds = plots.number_of(len(lines), "seed")
     axis.plot(epochs, means, color=color, linewidth=2.4, label=f"{label}, mean of {seeds}")
+
+
+def mark_best_losses(axis, lines):
+    """Mark the losses at which ReduceLROnPlateau starts to count again; `lines` is a list per seed."""
+    threshold = utils.RECIPES["Model3"].scheduler_args["threshold"]
+    epochs = []
+    losses = []
+    for values in lines:
+        best = float("inf")
+        for epoch, loss in enumerate(values, 1):
+            if loss < best - threshold:
+                best = loss
+                epochs.append(epoch)
+                losses.append(loss)
+    label = "a new best of a seed: its count starts again"
+    axis.scatter(epochs, losses, color=plots.TEST_COLOR, s=20, label=label)
+
+
+def mark_target(axis):
+    """Draw a line at the target."""
+    axis.axhline(
+        plots.TARGET_ACCURACY, color="gray", linestyle="--", linewidth=1, label=f"{plots.TARGET_ACCURACY} %"
+    )
+
+
+def mark_changes(axis, name, histories):
+    """Draw vertical lines where the learning rate drops to less than half, and where augmentation ends."""
+    rates = next(iter(histories.values())).learning_rates
+    label = "the rate drops"
+    for epoch in range(1, len(rates)):
+        if rates[epoch] < rates[epoch - 1] / 2:
+            axis.axvline(epoch + 0.5, color="gray", linestyle=":", label=label)
+            label = None  # one entry in the legend is enough
+    recipe = utils.RECIPES[name]
+    if recipe.augmentation is not None:
+        augmented_epochs = common.EPOCHS - recipe.clean_epochs
+        axis.axvline(augmented_epochs + 0.5, color="gray", linestyle=":", label="augmentation ends")
 
 
 def plot_overview(runs):
     """Plot test accuracy against the number of parameters: every seed, the means, the published results."""
-    figure, axis = plt.subplots(figsize=OVERVIEW_SIZE, layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH, 5.2), layout="constrained")
     for name in MODEL_COLORS:
         if (name, "described") in runs:
-            plot_model(axis, name, runs[name, "described"])
-    axis.axhline(utils.TARGET_ACCURACY, color="gray", linestyle="--", linewidth=1)
+            plot_model(axis, name, runs[name, "described"].values())
+    axis.axhline(plots.TARGET_ACCURACY, color="gray", linestyle="--", linewidth=1)
     axis.axvline(PARAMETER_LIMIT, color="gray", linestyle="--", linewidth=1)
-    seed_label = f"one seed: mean of the last {utils.LAST_EPOCHS} epochs"
+    seed_label = f"one seed: mean of the last {plots.LAST_EPOCHS} epochs"
     axis.scatter([], [], color="black", alpha=0.6, s=30, label=seed_label)
     axis.plot([], [], color="black", linestyle="", marker="_", markersize=22, label="mean of the seeds")
     axis.plot([], [], color="black", linestyle="", marker="x", markersize=9, label="published: best epoch")
@@ -86,9 +162,9 @@ def plot_overview(runs):
     axis.set_xlabel("parameters")
     axis.set_ylabel("test accuracy (%)")
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower center")
-    axis.set_xlim(4100, 8200)
-    utils.show_figure(figure, "overview", "Test accuracy against the number of parameters of five models")
+    axis.set_xlim(4100, 8300)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=10)
+    plots.show_figure(figure, "overview", "Test accuracy against the number of parameters of five models")
 
 
 def plot_model(axis, name, histories):
@@ -105,7 +181,7 @@ def plot_model(axis, name, histories):
         offset = -15
         alignment = "right"
     axis.annotate(
-        f"{name}: {mean:.2f} %",
+        f"{name}\n{mean:.2f} %",
         (parameters, mean),
         (offset, 0),
         textcoords="offset points",
@@ -119,7 +195,8 @@ def plot_model(axis, name, histories):
 
 def main():
     runs = common.recorded_runs(common.read_rows(CSV))
-    for name in MODEL_COLORS:
+    plot_steps(runs)
+    for name in MODELS:
         if (name, "described") in runs:
             plot_curves(name, runs)
     plot_overview(runs)
