@@ -134,6 +134,7 @@ class TeacherLoss:
         student.register_forward_pre_hook(self.keep_batch)
 
     def keep_batch(self, student, inputs):
+        """Keep the batch that the student is given, because a criterion gets only its output."""
         self.batch = inputs[0]
 
     def __call__(self, output, target):

@@ -116,8 +116,10 @@ def schedules_table(name, runs):
     rows = []
     for title, histories in schedules.items():
         if histories:
-            results = [list(map(measure, histories.values())) for measure in MEASURES.values()]
-            rows.append([title, *map(mean_and_deviation, results)])
+            cells = [title]
+            for measure in MEASURES.values():
+                cells.append(mean_and_deviation(by_seed(measure, histories).values()))
+            rows.append(cells)
     gains = ["gain"]
     wins = ["seeds won"]
     for measure in MEASURES.values():
