@@ -20,6 +20,7 @@ import textwrap
 import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from http.client import HTTPException
@@ -33,7 +34,7 @@ from IPython.display import display
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
@@ -504,74 +505,62 @@ class History:
         return len(self.test_acc)
 
 
+@dataclass(repr=False)
 class Run:
     """A training run: what is trained, its history, and the checkpoint from which it can be resumed.
 
-    The run is described by the objects that it is given (see `describe`); `scheduler` may be None. Before
-    a run is resumed, its description is compared with that in the checkpoint. The number of epochs is no
-    part of it, so a finished run can be resumed with more epochs; where a schedule depends on that number,
-    the schedule itself differs. `augmented_epochs`, in which the loop uses the loader's augmentation, is a
-    part of it if there is an augmentation.
+    The run is described by the objects that it is given (see `describe`). Before it is resumed, its
+    description is compared with that in the checkpoint. The number of epochs is no part of it, so a
+    finished run can be resumed with more epochs; where a schedule depends on that number, the schedule
+    itself differs.
 
-    The checkpoint at `path` always contains the state after a completed epoch. With `resume=True` the
-    state is restored from it; if there is none, the run starts from scratch and says so. With
-    `resume=False` the checkpoint of an earlier run is kept under another name when the first epoch of the
-    new one is saved.
+    The checkpoint always contains the state after a completed epoch. If an earlier run has left one, it is
+    kept under another name when the first epoch of a new run is saved.
 
     Raise ValueError if the optimizer or the scheduler has been used or belongs to another model, if the
     file is not a checkpoint, or if it is that of a different run, naming the differences. Raise OSError if
     a file cannot be read or written.
     """
 
-    def __init__(
-        self,
-        path,
-        model,
-        optimizer,
-        scheduler,
-        train_loader,
-        test_loader,
-        criterion,
-        epochs,
-        seed,
-        augmented_epochs=None,
-        resume=False,
-    ):
-        self.path = Path(path).expanduser()
-        self.model = unwrap(model)
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.epochs = epochs
-        self.seed = seed
+    path: str  # of the checkpoint
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    train_loader: BatchLoader  # or a DataLoader, or a list of batches
+    test_loader: BatchLoader
+    criterion: Callable
+    epochs: int
+    seed: int
+    augmented_epochs: int | None = None  # in which the loop uses the augmentation of the loader
+    resume: bool = False  # restore the state from the checkpoint; if there is none, start from scratch
+
+    def __post_init__(self):
+        self.path = Path(self.path).expanduser()
+        self.model = unwrap(self.model)
         self.history = History()
-        self.augmented_epochs = None
-        reject_used(self.model, optimizer, scheduler)
-        trained = {
-            "network": self.model,
-            "train_loader": train_loader,
-            "test_loader": test_loader,
-            "optimizer": optimizer,
-            "scheduler": scheduler,
-            "criterion": criterion,
-            "seed": seed,
-        }
-        dataset = getattr(train_loader, "dataset", train_loader)
+        reject_used(self.model, self.optimizer, self.scheduler)
+        trained = {"network": self.model}
+        for name in ("train_loader", "test_loader", "optimizer", "scheduler", "criterion", "seed"):
+            trained[name] = getattr(self, name)
+        augmentation = getattr(self.train_loader, "augmentation", None)
+        dataset = getattr(self.train_loader, "dataset", self.train_loader)
         data_name = getattr(dataset, "name", type(dataset).__name__)
-        self.title = f"{type(self.model).__name__} on {data_name}"
-        data = f"{data_name}, {len(train_loader)} batches"
-        if getattr(train_loader, "augmentation", None) is not None:
-            self.augmented_epochs = augmented_epochs
-            trained["augmented_epochs"] = augmented_epochs
-            data += f", {brief(train_loader.augmentation)} until epoch {augmented_epochs}"
+        data = f"{data_name}, {len(self.train_loader)} batches"
+        if augmentation is None:
+            self.augmented_epochs = None
+        else:
+            trained["augmented_epochs"] = self.augmented_epochs
+            data += f", {brief(augmentation)} until epoch {self.augmented_epochs}"
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.title = f"{type(self.model).__name__} on {data_name}"
         self.summary = (
-            f"{type(self.model).__name__} with {parameters:,} parameters on {data}\n{brief(optimizer)},"
-            f" {brief(scheduler)}, {brief(criterion)}, seed {seed}, until epoch {epochs}"
+            f"{type(self.model).__name__} with {parameters:,} parameters on {data}\n{brief(self.optimizer)},"
+            f" {brief(self.scheduler)}, {brief(self.criterion)}, seed {self.seed}, until epoch {self.epochs}"
         )
         print(self)
         self.description = describe(trained)
         self.sources = read_sources()
-        if resume:
+        if self.resume:
             self._resume()
         self._saved = self._pack()  # the state after the last completed epoch
         self._is_in_epoch = False
@@ -675,7 +664,7 @@ def reject_used(model, optimizer, scheduler):
     for group in optimizer.param_groups:
         if not parameters.issuperset(group["params"]):
             raise ValueError("the optimizer has parameters that are not the model's: create it again")
-    if scheduler is not None and scheduler.optimizer is not optimizer:
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("the scheduler belongs to another optimizer: create it again")
     # A new Adagrad has a state, with step 0. A new SGD has none, and a used one has no step in it.
     was_stepped = any(state.get("step", 1) > 0 for state in optimizer.state.values())
