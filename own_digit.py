@@ -3,15 +3,14 @@
     digit = find_digit("seven.jpg")
     plot_prediction(digit, predict(model, digit))
 
-Brightness and ink are from 0 to 1. What cannot be read, and a picture that does not show exactly one
-digit, raise ValueError with one line that says what to do.
+Brightness and ink are from 0 to 1. A picture that shows no digit, or several, raises ValueError with one line
+that says what to do.
 """
 
-import os
-import warnings
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -20,34 +19,18 @@ from torchvision.transforms.functional import pil_to_tensor
 from plots import TEST_COLOR, show_figure
 from utils import MEAN, SIDE, STD
 
-# Sizes in pixels of the longest side
-WORKING_SIZE = 256  # at which the digit is looked for
-BACKGROUND_SIZE = 64  # at which the background is estimated
-DIGIT_SIZE = 20  # of the digit in an MNIST image
-
-# Between background and ink
+WORKING_SIZE = 256  # longest side, in pixels, of the picture in which the digit is looked for
 BACKGROUND_WINDOW = 0.35  # side of the closing's square as a share of the picture's longest side
-THRESHOLDS = (0.08, 0.13, 0.2, 0.3, 0.5)  # tried in this order, as shares of the darkest ink
-NOISE_FACTOR = 8  # ink exceeds the noise (see `estimate_noise`) by this factor
-NOISY = 0.005  # noise at which the ink is smoothed
-EDGE_REACH = 0.01  # within which an outline's contrast is measured, as a share of the longest side
-SOFT_EDGE_REACH = 0.03  # the same for digits that fill the picture, which may have been enlarged
-MIN_EDGE = 0.22  # contrast that an outline needs, as a share of the component's darkest ink
-CROP_THRESHOLD = 0.3  # share of the darkest ink at which the digit is cropped, as in draw.html
-
-# What a digit looks like
-MIN_CONTRAST = 0.07
-MIN_EXTENT = 0.035  # longest side of the digit as a share of the picture's
-MAX_ASPECT = 2.5  # width over height
-MAX_FILL = 0.7  # share of its bounding box that a digit fills, unless it is as slim as a 1
-SLIM = 0.6  # width over height
-FRAMED_HEIGHT = 0.3  # height of what a frame encloses, as a share of the frame's
-MAX_TOUCHING = 0.6  # pixels on the picture's border over height plus width; more is a table's edge
-FILLING_MAX_TOUCHING = 0.8  # the same for digits that fill the picture
-MAX_BORDER_RUNS = 10  # separate stretches of the border that a digit covers; more is the paper's texture
-BORDER_PENALTY = 0.25  # factor on the energy of a candidate that touches the picture's border
-FILLING_EXTENT = 0.9  # height or width of a digit that fills the picture, as a share of the picture's
-MAX_GROWTH = 2.5  # of a digit by parts that are fainter and cut by the picture's border
+THRESHOLDS = (0.13, 0.3)  # of the ink, as shares of the darkest, tried in this order
+MIN_CONTRAST = 0.1  # darkest ink of a digit
+MIN_EDGE = 0.2  # contrast of an outline as a share of the darkest ink inside it; less is shading
+NEGLIGIBLE = 0.04  # sizes and gaps below this share do not count
+FRAMED = 0.2  # share of a frame's height, and of its darkest ink, that what it encloses has
+BORDER_PENALTY = 0.25  # factor on the energy of a component that touches the picture's border
+REACH = 0.2  # distance of a digit's parts as a share of its longest side
+FAINT = 0.3  # share of the darkest ink below which ink is outside of the crop, as in draw.html
+DIGIT_SIZE = 20  # longest side, in pixels, of the digit in an MNIST image
+STROKE_MEAN = 0.7  # of the pixels that belong to strokes; its median in MNIST is 0.77
 
 
 class Components(NamedTuple):
@@ -55,12 +38,12 @@ class Components(NamedTuple):
 
     energy: torch.Tensor  # sum of the squared contrast along the outline: high for strokes, low for shading
     area: torch.Tensor  # in pixels
-    peak: torch.Tensor  # the most ink
+    peak: torch.Tensor  # the darkest ink
     top: torch.Tensor
     bottom: torch.Tensor  # exclusive
     left: torch.Tensor
     right: torch.Tensor  # exclusive
-    touching: torch.Tensor  # number of pixels on the picture's border
+    touches_border: torch.Tensor
 
     @property
     def height(self):
@@ -74,106 +57,52 @@ class Components(NamedTuple):
     def extent(self):
         return torch.maximum(self.height, self.width)
 
+    @property
+    def box(self):
+        """The four sides `(N, 4)`: larger numbers are further out."""
+        return torch.stack([-self.top, self.bottom, -self.left, self.right], dim=1)
+
 
 class Candidate(NamedTuple):
-    """What may be the digit: a main component and the large ones near it, such as a 5's bar."""
+    """What may be the digit: the component with the most energy at one threshold."""
 
-    ink: torch.Tensor  # (H, W), of the whole picture
-    mask: torch.Tensor  # (H, W), the pixels of the digit
+    labels: torch.Tensor  # (H, W)
     components: Components
+    is_frame: torch.Tensor  # (N,)
     main: int
-    is_large: torch.Tensor  # (N,), which components are large enough for a stroke
-    score: float  # energy of the main component, less at the border
-    fills_picture: bool
-
-    @property
-    def touches_border(self):
-        return bool(self.components.touching[self.main] > 0)
+    score: float
 
 
 class Digit(NamedTuple):
     """The digit found in a picture."""
 
     picture: torch.Tensor  # (H, W), brightness of the picture as read, from 0 to 1
-    ink: torch.Tensor  # (h, w), from 0 to 1, cropped to the digit
     box: tuple  # top, bottom, left and right as shares of the picture's height and width
+    ink: torch.Tensor  # (h, w), from 0 to 1, cropped to the digit
+    input: torch.Tensor  # (1, 1, 28, 28), normalized: the network's input
 
 
 # ---- reading ----
-
-
-def open_picture(image):
-    """Return the PIL image of a path, a file or a PIL image, decoded and rotated as its EXIF data say."""
-    if isinstance(image, (str, os.PathLike)):
-        image = Image.open(os.path.expanduser(image))
-    elif not isinstance(image, Image.Image):
-        image = Image.open(image)
-    return ImageOps.exif_transpose(image)
-
-
-def stretch_brightness(image):
-    """Return an image of 16 or 32 bits per pixel as one of 8 bits; PIL would clip at 255.
-
-    NaN and infinite pixels become the darkest one.
-    """
-    if image.mode == "I;16B":  # PIL cannot convert it to floats
-        image = image.convert("I")
-    values = torch.frombuffer(bytearray(image.convert("F").tobytes()), dtype=torch.float32)
-    finite = values[values.isfinite()]
-    if len(finite) == 0:
-        raise ValueError("no pixel is finite")
-    low = finite.min()
-    scale = 255 / (finite.max() - low).clamp(min=1e-9)
-    values = ((values - low) * scale).nan_to_num(0, posinf=0, neginf=0)
-    return Image.frombytes("L", image.size, values.round().byte().numpy().tobytes())
-
-
-def picture_name(image):
-    """Return how an error names a picture: a path, shortened if it is the text of a file, or the type."""
-    if not isinstance(image, (str, os.PathLike)):
-        return type(image).__name__
-    name = str(os.fspath(image))
-    if len(name) > 200:
-        return f"{name[:30]}..."
-    return name
 
 
 def read_picture(image):
     """Return the brightness `(H, W)`, float32 from 0 to 1, of a picture.
 
     `image` is a path, a file opened in binary mode or a PIL image of any color mode. The EXIF rotation is
-    applied. Transparent pixels become background that contrasts with the ink. Raise ValueError if
-    `image` is something else, if there is no such file, if it cannot be decoded, or if it has so many
-    pixels that PIL considers it a decompression bomb.
+    applied. Transparent pixels become background that contrasts with the ink. Pillow raises an error if it
+    cannot read the file.
     """
-    is_path = isinstance(image, (str, os.PathLike))
-    if not is_path and not isinstance(image, Image.Image) and not hasattr(image, "read"):
-        raise ValueError(
-            f"unsupported type for a picture, {type(image).__name__}:"
-            " pass a path, a file opened in binary mode or a PIL image"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = open_picture(image)
-            if min(picture.size) == 0:
-                raise ValueError("it has no pixels")
-            if picture.mode[0] in "IF":
-                picture = stretch_brightness(picture)
-            if picture.mode == "La":  # premultiplied by alpha; PIL converts it to LA only
-                picture = picture.convert("LA")
-            gray, alpha = pil_to_tensor(picture.convert("RGBA").convert("LA"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {picture_name(image)}: check the path") from None
-    except Exception as error:  # corrupted files raise nearly every type of exception
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise ValueError(
-            f"{picture_name(image)} cannot be read as an image ({reason}): use a different file"
-        ) from None
-    gray = gray.float().div_(255)
-    if alpha.min() == 255:
+    if not isinstance(image, Image.Image):
+        image = Image.open(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 or 32 bits per pixel, which Pillow would clip at 255
+        image = image.convert("I")
+    if image.mode in ("I", "F"):
+        values = pil_to_tensor(image)[0].float()
+        return (values - values.min()) / (values.max() - values.min()).clamp(min=1e-9)
+    gray, alpha = pil_to_tensor(image.convert("RGBA").convert("LA")).float() / 255
+    if alpha.min() == 1:
         return gray
-    alpha = alpha.float().div_(255)
     ink_is_dark = (gray * alpha).sum() < 0.5 * alpha.sum()
     return gray * alpha + (1 - alpha) * ink_is_dark
 
@@ -181,29 +110,11 @@ def read_picture(image):
 # ---- ink and background ----
 
 
-def resize(image, size):
-    """Return `image` `(H, W)` in another `size`, antialiased."""
-    return F.interpolate(image[None, None], size, mode="bilinear", antialias=True)[0, 0]
-
-
-def scaled_size(image, longest):
-    """Return the height and width that `image` has if its longest side has `longest` pixels."""
+def resize(image, longest):
+    """Return `image` `(H, W)` scaled so that its longest side has `longest` pixels, antialiased."""
     scale = longest / max(image.shape)
-    return [max(1, round(side * scale)) for side in image.shape]
-
-
-def shrink(image, longest):
-    """Return `image` `(H, W)` with no side longer than `longest` pixels."""
-    if max(image.shape) <= longest:
-        return image
-    return resize(image, scaled_size(image, longest))
-
-
-def smooth(image):
-    """Return `image` `(H, W)` after a 3×3 binomial filter."""
-    kernel = torch.tensor([0.25, 0.5, 0.25])
-    padded = F.pad(image[None, None], (1, 1, 1, 1), mode="replicate")
-    return F.conv2d(padded, torch.outer(kernel, kernel)[None, None])[0, 0]
+    size = [max(1, round(side * scale)) for side in image.shape]
+    return F.interpolate(image[None, None], size, mode="bilinear", antialias=True)[0, 0]
 
 
 def dilate(image, reach=1):
@@ -218,375 +129,282 @@ def erode(image, reach=1):
     return -dilate(-image, reach)
 
 
-def darken_ink(picture):
-    """Return the picture `(H, W)`, inverted if its strokes are lighter than what is around them.
+def extract_ink(picture):
+    """Return how much darker than its background each pixel is, or lighter if the strokes are light.
 
     Strokes differ from the local mean by more than the background does, and the third power keeps the sign.
+    The background is a grey closing: the brightness that the picture would have without dark strokes.
     """
-    coarse = shrink(picture, BACKGROUND_SIZE)
+    coarse = resize(picture, WORKING_SIZE // 4)
     reach = round(BACKGROUND_WINDOW * max(coarse.shape) / 2)
     local_mean = F.avg_pool2d(coarse[None, None], 2 * reach + 1, 1, reach, count_include_pad=False)[0, 0]
     if (coarse - local_mean).pow(3).sum() > 0:
-        return 1 - picture
-    return picture
-
-
-def estimate_background(picture):
-    """Return the brightness `(H, W)` that the picture would have without dark ink: a grey closing."""
-    coarse = shrink(picture, BACKGROUND_SIZE)
-    reach = round(BACKGROUND_WINDOW * max(coarse.shape) / 2)
-    return resize(erode(dilate(coarse, reach), reach), picture.shape)
-
-
-def estimate_noise(image):
-    """Return the 30th percentile of the differences of nearby pixels, which strokes do not raise.
-
-    It is 0.54 standard deviations of normal noise. Pixels are compared over a distance of three, as JPEG
-    and scaling make neighbors alike.
-    """
-    differences = (image - image.roll(3, dims=0)).abs()
-    return differences.flatten().quantile(0.3).item()
+        picture = 1 - picture
+        coarse = 1 - coarse
+    background = erode(dilate(coarse, reach), reach)
+    background = F.interpolate(background[None, None], picture.shape, mode="bilinear")[0, 0]
+    return (background - picture).clamp(min=0)
 
 
 # ---- connected components ----
 
 
-def largest_label(image):
-    """Return the maximum `(H, W)` over the 3×3 pixels around each pixel of `image`, a tensor of integers."""
-    padded = F.pad(image, (1, 1, 1, 1))
-    of_three_rows = torch.maximum(torch.maximum(padded[:-2], padded[1:-1]), padded[2:])
-    of_two_columns = torch.maximum(of_three_rows[:, :-2], of_three_rows[:, 1:-1])
-    return torch.maximum(of_two_columns, of_three_rows[:, 2:])
-
-
 def label_components(mask):
     """Return labels `(H, W)` of the connected components of `mask`, from 1 up; 0 is the background.
 
-    Each pixel starts with its own label. In each step it takes the largest label among its neighbors,
-    passes it on to the pixel that its old label came from, and follows the labels to their origin, so
-    that the number of steps grows only with the logarithm of a component's length.
+    Each pixel starts with its own label. In each step it takes the largest label around it, passes it on to
+    the pixel that its old label came from, and follows the labels to their origin, so that the number of
+    steps grows only with the logarithm of a component's length.
     """
-    inside = mask.flatten().nonzero()[:, 0]
-    count = len(inside) + 1
-    canvas = torch.zeros_like(mask, dtype=torch.long)
-    pixels = canvas.view(-1)
-    labels = torch.arange(1, count)
-    origin_of = torch.zeros(count, dtype=torch.long)
+    labels = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask
+    label_of = torch.zeros(mask.numel() + 1, dtype=torch.long)
     while True:
-        pixels[inside] = labels
-        neighbors = largest_label(canvas).flatten()[inside]
-        origin_of[1:] = neighbors
-        origin_of.scatter_reduce_(0, labels, neighbors, "amax")
-        new_labels = origin_of[origin_of[neighbors]]
+        largest = dilate(labels.float()).long() * mask  # exact: float32 represents integers up to 2^24
+        label_of[1:] = largest.flatten()
+        label_of.scatter_reduce_(0, labels.flatten(), largest.flatten(), "amax")
+        new_labels = label_of[label_of[largest]]
         if torch.equal(new_labels, labels):
-            break
+            return torch.unique(labels, return_inverse=True)[1]
         labels = new_labels
-    pixels[inside] = torch.unique(labels, return_inverse=True)[1] + 1
-    return canvas
 
 
 def measure_components(labels, ink, contrast):
     """Return the `Components` numbered by `labels`, given each pixel's ink and contrast (all `(H, W)`)."""
     height, width = labels.shape
     count = int(labels.max()) + 1
-    index = labels.flatten()
-    values = ink.flatten()
-    rows = torch.arange(height).repeat_interleave(width)
-    columns = torch.arange(width).repeat(height)
-    on_border = (rows == 0) | (rows == height - 1) | (columns == 0) | (columns == width - 1)
     outline = (labels > 0) & (erode((labels > 0).float()) == 0)
+    rows = torch.arange(height)[:, None].expand(height, width)
+    columns = torch.arange(width).expand(height, width)
 
     def total(numbers):
-        return torch.zeros(count).scatter_add(0, index, numbers.flatten().float())
+        return torch.zeros(count).scatter_add(0, labels.flatten(), numbers.flatten().float())
 
     def largest(numbers):
-        return torch.zeros(count, dtype=numbers.dtype).scatter_reduce(0, index, numbers, "amax")
+        zeros = torch.zeros(count, dtype=numbers.dtype)
+        return zeros.scatter_reduce(0, labels.flatten(), numbers.flatten(), "amax")
 
-    peak = largest(values)
+    peak = largest(ink)
+    top = height - largest(height - rows)
+    bottom = largest(rows + 1)
+    left = width - largest(width - columns)
+    right = largest(columns + 1)
     return Components(
         energy=total(contrast.square() * outline) - (MIN_EDGE * peak).square() * total(outline),
-        area=total(torch.ones_like(values)),
+        area=total(labels > 0),
         peak=peak,
-        top=height - largest(height - rows),
-        bottom=largest(rows + 1),
-        left=width - largest(width - columns),
-        right=largest(columns + 1),
-        touching=total(on_border),
+        top=top,
+        bottom=bottom,
+        left=left,
+        right=right,
+        touches_border=(top == 0) | (bottom == height) | (left == 0) | (right == width),
     )
 
 
 # ---- the digit among the components ----
 
 
-def is_plausible(components, shape, max_touching):
-    """Return which components `(N,)` may be a digit by their size, shape, contrast and border."""
-    height = components.height
-    width = components.width
-    fill = components.area / (height * width).clamp(min=1)
-    is_slim = width < SLIM * height
-    plausible = components.extent >= max(3, MIN_EXTENT * max(shape))
-    plausible &= width < MAX_ASPECT * height
-    plausible &= components.peak >= MIN_CONTRAST
-    plausible &= (fill < MAX_FILL) | is_slim
-    plausible &= components.touching < max_touching * (height + width)
-    plausible[0] = False
-    return plausible
+def find_candidates(ink):
+    """Return the `Candidate` at each threshold in `ink` `(H, W)`; printed frames are none.
 
-
-def encloses(components, box):
-    """Return which components `(N,)` frame a box: top, bottom, left and right of what may be a digit."""
-    top, bottom, left, right = box
-    frames = (components.top < top) & (components.bottom > bottom)
-    frames &= (components.left < left) & (components.right > right)
-    frames &= bottom - top >= FRAMED_HEIGHT * components.height
-    frames[0] = False
-    return frames
-
-
-def box_of(components, number):
-    """Return the top, bottom, left and right of one component."""
-    sides = (components.top, components.bottom, components.left, components.right)
-    return [side[number].item() for side in sides]
-
-
-def count_border_runs(mask):
-    """Return the number of separate stretches of the picture's border that `mask` `(H, W)` covers."""
-    border = torch.cat([mask[0], mask[:, -1], mask[-1].flip(0), mask[:, 0].flip(0)])
-    return int((border & ~border.roll(1)).sum())
-
-
-def spans_picture(components, main, shape):
-    """Return whether a component is as high or as wide as the picture and touches its border.
-
-    The paper inside a printed box does not touch it.
+    A frame may be darker than pencil and remain alone at a high threshold, and it may be one component
+    with the digit at a low one. So what it encloses is remembered, and candidates with its box are dropped.
     """
-    height, width = shape
-    is_high = components.height[main] > FILLING_EXTENT * height
-    is_wide = components.width[main] > FILLING_EXTENT * width
-    return bool((is_high | is_wide) & (components.touching[main] > 0))
-
-
-def select_strokes(components, main, is_frame):
-    """Return which components `(N,)` are large enough for strokes, and which belong to the digit `main`."""
-    reach = 0.2 * components.extent[main]
-    is_large = components.area >= 0.03 * components.area[main]
-    is_large &= ~is_frame
-    is_large[0] = False
-    overhang = 0.4 * components.extent[main]
-    within = components.left > components.left[main] - overhang
-    within &= components.right < components.right[main] + overhang
-    is_large &= (components.touching == 0) | within  # beside the digit, it is a neighbor or the table
-    is_near = components.bottom > components.top[main] - reach
-    is_near &= components.top < components.bottom[main] + reach
-    is_near &= components.right > components.left[main] - reach
-    is_near &= components.left < components.right[main] + reach
-    is_selected = is_large & is_near
-    is_selected[main] = True
-    return is_large, is_selected
-
-
-def find_candidates(ink, fills_picture=False):
-    """Return the most digit-like `Candidate` in `ink` `(H, W)` at each threshold, from low to high.
-
-    If `fills_picture`, only digits as high or as wide as the picture are returned.
-    """
-    smoothed = ink
-    if estimate_noise(ink) > NOISY:
-        smoothed = smooth(ink)
-    lowest_threshold = NOISE_FACTOR * estimate_noise(smoothed)
-    edge_reach = EDGE_REACH
-    max_touching = MAX_TOUCHING
-    if fills_picture:
-        edge_reach = SOFT_EDGE_REACH
-        max_touching = FILLING_MAX_TOUCHING
-    reach = max(1, round(edge_reach * max(ink.shape)))
-    contrast = dilate(smoothed, reach) - erode(smoothed, reach)
+    contrast = dilate(ink) - erode(ink)
     candidates = []
-    boxes = []
+    inner_boxes = []
+    inner_peaks = []
+    frame_boxes = []
     for share in THRESHOLDS:
-        threshold = share * smoothed.max().item()
-        if threshold < lowest_threshold:
-            continue
-        labels = label_components(smoothed > threshold)
-        components = measure_components(labels, smoothed, contrast)
-        plausible = is_plausible(components, ink.shape, max_touching)
-        # A frame is darker than pencil: it may be left at a threshold at which the digit is gone.
-        inner = [box_of(components, number) for number in plausible.nonzero()[:, 0].tolist()]
-        is_frame = torch.zeros_like(plausible)
-        for box in boxes + inner:
-            is_frame |= encloses(components, box)
-        penalty = torch.where(components.touching > 0, BORDER_PENALTY, 1.0)
-        scores = components.energy * penalty * (plausible & ~is_frame)
+        labels = label_components(ink > share * ink.max())
+        components = measure_components(labels, ink, contrast)
+        plausible = components.extent > NEGLIGIBLE * max(ink.shape)
+        plausible &= components.peak > MIN_CONTRAST
+        plausible &= components.width < 2.5 * components.height
+        plausible[0] = False
+        inner_boxes.append(components.box[plausible])
+        inner_peaks.append(components.peak[plausible])
+        is_frame = find_frames(components, torch.cat(inner_boxes), torch.cat(inner_peaks))
+        frame_boxes.append(components.box[is_frame])
+        scores = components.energy * torch.where(components.touches_border, BORDER_PENALTY, 1)
+        scores = scores * (plausible & ~is_frame)
         main = int(scores.argmax())
-        if scores[main] <= 0 or count_border_runs(labels == main) > MAX_BORDER_RUNS:
-            continue
-        boxes.append(box_of(components, main))
-        if fills_picture and not spans_picture(components, main, ink.shape):
-            continue
-        is_large, is_selected = select_strokes(components, main, is_frame)
-        mask = is_selected[labels]
-        score = scores[main].item()
-        if fills_picture:  # the background between the strokes covers more of the border than a digit
-            perimeter = 2 * sum(ink.shape)
-            score *= 1 - components.touching[main].item() / perimeter
-        candidates.append(Candidate(ink, mask, components, main, is_large, score, fills_picture))
-    return candidates
+        if scores[main] > 0:
+            candidates.append(Candidate(labels, components, is_frame, main, scores[main].item()))
+    frames = torch.cat(frame_boxes)
+    return [candidate for candidate in candidates if not has_box_of_a_frame(candidate, frames)]
 
 
-def find_all_candidates(picture):
-    """Return the candidates in the brightness `(H, W)` of a picture.
+def find_frames(components, inner_boxes, inner_peaks):
+    """Return which components `(N,)` enclose one of the boxes `(M, 4)` of what may be a digit."""
+    encloses = (components.box[:, None] > inner_boxes).all(dim=2)
+    inner_heights = inner_boxes[:, 0] + inner_boxes[:, 1]
+    encloses &= inner_heights > FRAMED * components.height[:, None]
+    encloses &= inner_peaks > FRAMED * components.peak[:, None]
+    is_frame = encloses.any(dim=1)
+    is_frame[0] = False
+    return is_frame
 
-    Digits that fill the picture are looked for on a constant background, too, in both polarities, since
-    their strokes may be wider than the closing's square. A candidate at the border may be a shadow unless
-    the light varies by less than its contrast.
+
+def has_box_of_a_frame(candidate, frames):
+    """Return whether the candidate's box is one of `frames` `(M, 4)`, apart from soft edges."""
+    components = candidate.components
+    main = candidate.main
+    distance = (frames - components.box[main]).abs().amax(dim=1)
+    return bool((distance < NEGLIGIBLE * components.extent[main]).any())
+
+
+def select_parts(candidate):
+    """Return which components `(N,)` belong to the digit.
+
+    Raise ValueError if there is a second digit: beside the main component, at least half as tall.
     """
-    dark_on_light = darken_ink(picture)
-    background = estimate_background(dark_on_light)
-    low, high = background.flatten().quantile(torch.tensor([0.02, 0.98])).tolist()
-    candidates = []
-    for candidate in find_candidates((background - dark_on_light).clamp(min=0)):
-        contrast = candidate.components.peak[candidate.main]
-        if not candidate.touches_border or contrast > high - low:
-            candidates.append(candidate)
-    for polarity in (picture, 1 - picture):
-        ink = (polarity.flatten().quantile(0.9) - polarity).clamp(min=0)
-        candidates += find_candidates(ink, fills_picture=True)
-    return candidates
-
-
-def extends(larger, smaller):
-    """Return whether a candidate adds fainter parts, cut by the border, to one inside the picture."""
-    if larger.fills_picture or not larger.touches_border or smaller.touches_border:
-        return False
-    missing = smaller.mask & ~larger.mask
-    growth = larger.components.extent[larger.main] / smaller.components.extent[smaller.main]
-    energy = larger.components.energy[larger.main]
-    return bool(
-        missing.sum() < 0.05 * smaller.mask.sum()
-        and growth < MAX_GROWTH
-        and energy > 0.8 * smaller.components.energy[smaller.main]
-    )
-
-
-def reject_second_digit(candidate):
-    """Raise ValueError if there is a second component, at least half as tall, next to the candidate."""
     components = candidate.components
     main = candidate.main
     height = components.height
+    reach = REACH * components.extent[main]
+    is_part = components.area > NEGLIGIBLE * components.area[main]
+    is_part &= components.peak > FAINT * components.peak[main]
+    is_part &= ~candidate.is_frame
+    is_part[0] = False
+    # What the border cuts and what juts out is a neighbor, or the table
+    within = components.left > components.left[main] - 2 * reach
+    within &= components.right < components.right[main] + 2 * reach
+    is_part &= within | ~components.touches_border
+
     gap = torch.maximum(components.left - components.right[main], components.left[main] - components.right)
-    taller = torch.maximum(height, height[main])
-    is_second = candidate.is_large & (gap > 0.04 * taller)
-    is_second &= height > 0.5 * height[main]
+    is_second = gap > NEGLIGIBLE * torch.maximum(height, height[main])
+    is_second &= is_part & (height > height[main] / 2)
     if is_second.any():
         raise ValueError("more than one digit found: give a picture of one digit")
 
+    is_part &= components.top < components.bottom[main] + reach
+    is_part &= components.bottom > components.top[main] - reach
+    is_part &= components.left < components.right[main] + reach
+    is_part &= components.right > components.left[main] - reach
+    is_part[main] = True
+    return is_part
 
-def crop_to_digit(candidate):
-    """Return the candidate's ink `(h, w)`, from 0 to 1, and its top, bottom, left and right."""
-    ink = candidate.ink * dilate(candidate.mask.float())  # with the soft edges
-    ink = ink / ink.max()
-    rows = (ink > CROP_THRESHOLD).any(dim=1).nonzero()
-    columns = (ink > CROP_THRESHOLD).any(dim=0).nonzero()
-    top = rows[0].item()
-    bottom = rows[-1].item() + 1
-    left = columns[0].item()
-    right = columns[-1].item() + 1
-    return ink[top:bottom, left:right], (top, bottom, left, right)
+
+def bounding_box(ink):
+    """Return the top, bottom, left and right of the ink, without the fainter part of soft edges."""
+    is_ink = ink > FAINT * ink.max()
+    rows = is_ink.any(dim=1).nonzero()
+    columns = is_ink.any(dim=0).nonzero()
+    return rows[0].item(), rows[-1].item() + 1, columns[0].item(), columns[-1].item() + 1
 
 
 def find_digit(image):
     """Return the `Digit` in a picture, which is what `read_picture` accepts.
 
-    The picture may be of any size, dark on light or light on dark, evenly lit or not. At each of several
-    thresholds, the component with the most contrast along its outline competes. Raise ValueError if the
-    picture cannot be read, shows no digit, or shows two side by side.
+    The picture may be of any size, dark on light or light on dark, evenly lit or not. At each threshold, the
+    component with the most contrast along its outline competes. Raise ValueError if the picture shows no
+    digit, or several side by side.
     """
     picture = read_picture(image)
-    candidates = find_all_candidates(shrink(picture, WORKING_SIZE))
+    small = picture
+    if max(picture.shape) > WORKING_SIZE:
+        small = resize(picture, WORKING_SIZE)
+    ink = extract_ink(small)
+    candidates = find_candidates(ink)
     if not candidates:
         raise ValueError("no digit found: give a picture of one digit that stands out from its background")
     best = max(candidates, key=lambda candidate: candidate.score)
-    for candidate in candidates:
-        if extends(candidate, best):
-            best = candidate
-            break
-    reject_second_digit(best)
-    ink, (top, bottom, left, right) = crop_to_digit(best)
-    height, width = best.ink.shape
-    return Digit(picture, ink, (top / height, bottom / height, left / width, right / width))
+    mask = select_parts(best)[best.labels]
+    ink = ink * dilate(mask.float())  # with the soft edges
+    ink = ink / ink.max()
+    top, bottom, left, right = bounding_box(ink)
+    height, width = ink.shape
+    box = (top / height, bottom / height, left / width, right / width)
+    ink = ink[top:bottom, left:right]
+    return Digit(picture, box, ink, prepare_digit(ink))
 
 
 # ---- the network's input ----
 
 
-def as_digit(image):
-    """Return a `Digit` as it is, and the digit found in anything else."""
-    if isinstance(image, Digit):
-        return image
-    return find_digit(image)
+def prepare_digit(ink):
+    """Return the ink `(h, w)` of a digit as the network's input, float32 `(1, 1, 28, 28)`.
+
+    As in MNIST, the digit is scaled to fit 20×20, and its center of mass is put on pixel (14, 14) of 28×28
+    (yann.lecun.com/exdb/mnist; the pixel was measured on the test images). Pale strokes are brightened.
+    """
+    pixels = brighten(resize(ink, DIGIT_SIZE))
+    height, width = pixels.shape
+    top = center_offset(pixels.sum(dim=1))
+    left = center_offset(pixels.sum(dim=0))
+    image = torch.zeros(SIDE, SIDE)
+    image[top : top + height, left : left + width] = pixels
+    return normalize(image)
 
 
-def center_offset(ink, dim):
-    """Return the position of `ink` along `dim` in the image that puts its center of mass on pixel 14."""
-    size = ink.shape[dim]
-    mass = ink.sum(dim=1 - dim)
-    center = (mass * torch.arange(size)).sum() / mass.sum()
+def brighten(pixels):
+    """Return pixels of which the brightest is 1, and those of strokes have a mean of about 0.7 or more."""
+    pixels = (pixels / pixels.max()).clamp(min=0)
+    mean = pixels[pixels > 0.15].mean()
+    return (pixels * (STROKE_MEAN / mean).clamp(min=1)).clamp(max=1)
+
+
+def center_offset(mass):
+    """Return the position, among 28, of `mass` `(n,)` that puts its center on pixel 14."""
+    center = (mass * torch.arange(len(mass))).sum() / mass.sum()
     # A hair less than 14, so that a tie always falls to the same side
     offset = round(13.999 - center.item())
-    return min(max(offset, 0), SIDE - size)
+    return min(max(offset, 0), SIDE - len(mass))
 
 
-def prepare_digit(image):
-    """Return a digit preprocessed like MNIST, as normalized float32 `(1, 1, 28, 28)`.
+def normalize(image):
+    """Return pixels `(28, 28)` from 0 to 1 as float32 `(1, 1, 28, 28)`, normalized as in training."""
+    return (image.float().view(1, 1, SIDE, SIDE) - MEAN) / STD
 
-    `image` is a `Digit` or a picture that `find_digit` accepts. The digit is scaled to fit 20×20, and its
-    center of mass is put on pixel (14, 14) of 28×28 (yann.lecun.com/exdb/mnist; the pixel was measured on
-    the test images).
-    """
-    digit = as_digit(image)
-    ink = resize(digit.ink, scaled_size(digit.ink, DIGIT_SIZE)).clamp(0, 1)
-    ink = ink / ink.max()
-    height, width = ink.shape
-    top = center_offset(ink, dim=0)
-    left = center_offset(ink, dim=1)
-    prepared = torch.zeros(1, 1, SIDE, SIDE)
-    prepared[0, 0, top : top + height, left : left + width] = ink
-    return (prepared - MEAN) / STD
+
+def normalize_pixels(pixels):
+    """Return an MNIST image, `(28, 28)` or `(1, 28, 28)`, as the network's input; see `predict`."""
+    pixels = torch.as_tensor(pixels)
+    if tuple(pixels.shape) not in ((SIDE, SIDE), (1, SIDE, SIDE)):
+        raise ValueError(
+            f"pixels of shape {tuple(pixels.shape)}: give 28×28 pixels, or a picture as a path or a PIL image"
+        )
+    if pixels.dtype == torch.uint8:
+        pixels = pixels / 255
+    if pixels.min() < 0 or pixels.max() > 1:
+        raise ValueError("give pixels before normalization: uint8 from 0 to 255, or floats from 0 to 1")
+    return normalize(pixels)
 
 
 @torch.no_grad()
 def predict(model, image):
-    """Return the probabilities `(10,)` of the digits 0 to 9 for a `Digit` or a picture."""
-    device = next(model.parameters()).device
-    model.eval()
-    output = model(prepare_digit(image).to(device))
-    return output[0].exp().cpu()
+    """Return the probabilities `(10,)` of the digits 0 to 9, on the CPU; the model is put in eval mode.
 
-
-def plot_prediction(image, probabilities):
-    """Show a picture as it was read, the detected digit, the network's input and `probabilities` `(10,)`.
-
-    `image` is a `Digit` or a picture that `find_digit` accepts.
+    `image` is a `Digit`, a picture that `find_digit` accepts, or an MNIST image: a tensor or an array of 28×28
+    pixels, white on black, uint8 or floats from 0 to 1, which are taken as they are. Raise ValueError for
+    tensors and arrays of another shape or range, such as images that are normalized already.
     """
-    digit = as_digit(image)
-    prepared = prepare_digit(digit)
+    if isinstance(image, (torch.Tensor, np.ndarray)):
+        data = normalize_pixels(image)
+    elif isinstance(image, Digit):
+        data = image.input
+    else:
+        data = find_digit(image).input
+    device = next(model.parameters()).device
+    output = model.eval()(data.to(device))
+    return output[0].softmax(dim=0).cpu()
+
+
+def plot_prediction(digit, probabilities):
+    """Show the picture as it was read, the `Digit`, the network's input and `probabilities` `(10,)`."""
     figure, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
     for axis in axes[:3]:
         axis.set(xticks=[], yticks=[])
 
-    shown = shrink(digit.picture, 1024)
-    height, width = shown.shape
     top, bottom, left, right = digit.box
-    axes[0].imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1)
-    corner = (left * width - 0.5, top * height - 0.5)
-    frame = plt.Rectangle(
-        corner, (right - left) * width, (bottom - top) * height, fill=False, edgecolor=TEST_COLOR
-    )
+    frame = plt.Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=TEST_COLOR)
+    frame.set_transform(axes[0].transAxes)
+    axes[0].imshow(digit.picture.numpy(), cmap="gray", vmin=0, vmax=1)
     axes[0].add_patch(frame)
     axes[0].set_title("the picture as read")
     axes[1].imshow(digit.ink.numpy(), cmap="gray_r", vmin=0, vmax=1)
     axes[1].set_title("detected digit")
-    axes[2].imshow(prepared[0, 0].numpy(), cmap="gray_r")
+    axes[2].imshow(digit.input[0, 0].numpy(), cmap="gray_r")
     axes[2].set_title("network input")
     title = f"prediction: {probabilities.argmax()} ({probabilities.max():.1%})"
     axes[3].bar(range(10), probabilities.tolist(), color=TEST_COLOR)
