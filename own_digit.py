@@ -21,16 +21,17 @@ from utils import MEAN, SIDE, STD
 
 WORKING_SIZE = 256  # longest side, in pixels, of the picture in which the digit is looked for
 BACKGROUND_WINDOW = 0.35  # side of the closing's square as a share of the picture's longest side
-THRESHOLDS = (0.13, 0.3)  # of the ink, as shares of the darkest, tried in this order
+THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest, tried in this order
 MIN_CONTRAST = 0.1  # darkest ink of a digit
-MIN_EDGE = 0.2  # contrast of an outline as a share of the darkest ink inside it; less is shading
+MAX_ASPECT = 2.5  # width over height of a digit
+SHADING = 0.2  # share of the darkest ink: fainter outlines are shading, fainter ink in a frame is soiling
 NEGLIGIBLE = 0.04  # sizes and gaps below this share do not count
-FRAMED = 0.2  # share of a frame's height, and of its darkest ink, that what it encloses has
-BORDER_PENALTY = 0.25  # factor on the energy of a component that touches the picture's border
+COMPARABLE = 0.3  # height of a second digit, or of what a frame encloses, as a share of the other's
 REACH = 0.2  # distance of a digit's parts as a share of its longest side
 FAINT = 0.3  # share of the darkest ink below which ink is outside of the crop, as in draw.html
 DIGIT_SIZE = 20  # longest side, in pixels, of the digit in an MNIST image
-STROKE_MEAN = 0.7  # of the pixels that belong to strokes; its median in MNIST is 0.77
+STROKE = 0.15  # pixel of the network's input above which it belongs to a stroke
+STROKE_MEAN = 0.7  # mean of the pixels of strokes; its median in MNIST is 0.77
 
 
 class Components(NamedTuple):
@@ -43,7 +44,7 @@ class Components(NamedTuple):
     bottom: torch.Tensor  # exclusive
     left: torch.Tensor
     right: torch.Tensor  # exclusive
-    touches_border: torch.Tensor
+    touching: torch.Tensor  # number of pixels on the picture's border
 
     @property
     def height(self):
@@ -175,6 +176,7 @@ def measure_components(labels, ink, contrast):
     outline = (labels > 0) & (erode((labels > 0).float()) == 0)
     rows = torch.arange(height)[:, None].expand(height, width)
     columns = torch.arange(width).expand(height, width)
+    on_border = (rows == 0) | (rows == height - 1) | (columns == 0) | (columns == width - 1)
 
     def total(numbers):
         return torch.zeros(count).scatter_add(0, labels.flatten(), numbers.flatten().float())
@@ -184,19 +186,15 @@ def measure_components(labels, ink, contrast):
         return zeros.scatter_reduce(0, labels.flatten(), numbers.flatten(), "amax")
 
     peak = largest(ink)
-    top = height - largest(height - rows)
-    bottom = largest(rows + 1)
-    left = width - largest(width - columns)
-    right = largest(columns + 1)
     return Components(
-        energy=total(contrast.square() * outline) - (MIN_EDGE * peak).square() * total(outline),
+        energy=total(contrast.square() * outline) - (SHADING * peak).square() * total(outline),
         area=total(labels > 0),
         peak=peak,
-        top=top,
-        bottom=bottom,
-        left=left,
-        right=right,
-        touches_border=(top == 0) | (bottom == height) | (left == 0) | (right == width),
+        top=height - largest(height - rows),
+        bottom=largest(rows + 1),
+        left=width - largest(width - columns),
+        right=largest(columns + 1),
+        touching=total(on_border),
     )
 
 
@@ -209,7 +207,8 @@ def find_candidates(ink):
     A frame may be darker than pencil and remain alone at a high threshold, and it may be one component
     with the digit at a low one. So what it encloses is remembered, and candidates with its box are dropped.
     """
-    contrast = dilate(ink) - erode(ink)
+    reach = max(1, round(NEGLIGIBLE * max(ink.shape) / 2))
+    contrast = dilate(ink, reach) - erode(ink, reach)
     candidates = []
     inner_boxes = []
     inner_peaks = []
@@ -219,14 +218,14 @@ def find_candidates(ink):
         components = measure_components(labels, ink, contrast)
         plausible = components.extent > NEGLIGIBLE * max(ink.shape)
         plausible &= components.peak > MIN_CONTRAST
-        plausible &= components.width < 2.5 * components.height
+        plausible &= components.width < MAX_ASPECT * components.height
         plausible[0] = False
         inner_boxes.append(components.box[plausible])
         inner_peaks.append(components.peak[plausible])
         is_frame = find_frames(components, torch.cat(inner_boxes), torch.cat(inner_peaks))
         frame_boxes.append(components.box[is_frame])
-        scores = components.energy * torch.where(components.touches_border, BORDER_PENALTY, 1)
-        scores = scores * (plausible & ~is_frame)
+        share_inside = 1 - components.touching / (components.height + components.width)
+        scores = components.energy * share_inside * (plausible & ~is_frame)
         main = int(scores.argmax())
         if scores[main] > 0:
             candidates.append(Candidate(labels, components, is_frame, main, scores[main].item()))
@@ -238,8 +237,8 @@ def find_frames(components, inner_boxes, inner_peaks):
     """Return which components `(N,)` enclose one of the boxes `(M, 4)` of what may be a digit."""
     encloses = (components.box[:, None] > inner_boxes).all(dim=2)
     inner_heights = inner_boxes[:, 0] + inner_boxes[:, 1]
-    encloses &= inner_heights > FRAMED * components.height[:, None]
-    encloses &= inner_peaks > FRAMED * components.peak[:, None]
+    encloses &= inner_heights > COMPARABLE * components.height[:, None]
+    encloses &= inner_peaks > SHADING * components.peak[:, None]
     is_frame = encloses.any(dim=1)
     is_frame[0] = False
     return is_frame
@@ -269,11 +268,11 @@ def select_parts(candidate):
     # What the border cuts and what juts out is a neighbor, or the table
     within = components.left > components.left[main] - 2 * reach
     within &= components.right < components.right[main] + 2 * reach
-    is_part &= within | ~components.touches_border
+    is_part &= within | (components.touching == 0)
 
     gap = torch.maximum(components.left - components.right[main], components.left[main] - components.right)
     is_second = gap > NEGLIGIBLE * torch.maximum(height, height[main])
-    is_second &= is_part & (height > height[main] / 2)
+    is_second &= is_part & (height > COMPARABLE * height[main])
     if is_second.any():
         raise ValueError("more than one digit found: give a picture of one digit")
 
@@ -340,7 +339,7 @@ def prepare_digit(ink):
 def brighten(pixels):
     """Return pixels of which the brightest is 1, and those of strokes have a mean of about 0.7 or more."""
     pixels = (pixels / pixels.max()).clamp(min=0)
-    mean = pixels[pixels > 0.15].mean()
+    mean = pixels[pixels > STROKE].mean()
     return (pixels * (STROKE_MEAN / mean).clamp(min=1)).clamp(max=1)
 
 
