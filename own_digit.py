@@ -227,7 +227,7 @@ def find_candidates(ink):
         share_inside = 1 - components.touching / (components.height + components.width)
         scores = components.energy * share_inside * (plausible & ~is_frame)
         main = int(scores.argmax())
-        if scores[main] > 0:
+        if scores[main] > MIN_CONTRAST**2 * max(ink.shape):
             candidates.append(Candidate(labels, components, is_frame, main, scores[main].item()))
     frames = torch.cat(frame_boxes)
     return [candidate for candidate in candidates if not has_box_of_a_frame(candidate, frames)]
@@ -395,9 +395,12 @@ def plot_prediction(digit, probabilities):
     for axis in axes[:3]:
         axis.set(xticks=[], yticks=[])
 
+    height, width = digit.picture.shape
     top, bottom, left, right = digit.box
-    frame = plt.Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=TEST_COLOR)
-    frame.set_transform(axes[0].transAxes)
+    corner = (left * width - 0.5, top * height - 0.5)
+    frame_width = (right - left) * width
+    frame_height = (bottom - top) * height
+    frame = plt.Rectangle(corner, frame_width, frame_height, fill=False, edgecolor=TEST_COLOR)
     axes[0].imshow(digit.picture.numpy(), cmap="gray", vmin=0, vmax=1)
     axes[0].add_patch(frame)
     axes[0].set_title("the picture as read")

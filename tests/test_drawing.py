@@ -16,7 +16,7 @@ from torch import nn
 
 import drawing_field
 from model import MODELS, create_model
-from own_digit import prepare_digit
+from own_digit import find_digit
 from utils import MEAN, STD
 
 PROBABILITY_TOLERANCE = 1e-5
@@ -242,18 +242,21 @@ def prepare(ink):
     size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
     ink = F.interpolate(ink[None, None], size, mode="bilinear", antialias=True)[0, 0]
     height, width = size
+    ink = ink / ink.max()
+    factor = max(0.7 / ink[ink > 0.15].mean().item(), 1)
+    ink = (ink * factor).clamp(max=1)
     centers = (ink.sum(1) @ torch.arange(float(height)), ink.sum(0) @ torch.arange(float(width)))
     top, left = [round(13.999 - (center / ink.sum()).item()) for center in centers]
     top = min(max(top, 0), 28 - height)
     left = min(max(left, 0), 28 - width)
-    return F.pad(ink / ink.max(), (left, 28 - left - width, top, 28 - top - height))
+    return F.pad(ink, (left, 28 - left - width, top, 28 - top - height))
 
 
 @pytest.mark.parametrize("strokes", [SEVEN, FOUR, FIVE, ONE], ids=["7", "4", "5", "1"])
 def test_network_input_equals_that_of_prepare_digit(field, strokes):
     field.draw(strokes)
     picture = Image.fromarray((255 * (1 - render(strokes))).round().byte().numpy())
-    expected = prepare_digit(picture).flatten().double() * STD + MEAN
+    expected = find_digit(picture).input.flatten().double() * STD + MEAN
     difference = (field.network_input() - expected).abs()
     assert difference.max() < 5 * INK_TOLERANCE
     assert difference.mean() < INK_TOLERANCE / 5
