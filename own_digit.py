@@ -374,9 +374,9 @@ def normalize_pixels(pixels):
 def predict(model, image):
     """Return the probabilities `(10,)` of the digits 0 to 9, on the CPU; the model is put in eval mode.
 
-    `image` is a `Digit`, a picture that `find_digit` accepts, or an MNIST image: a tensor or an array of 28×28
-    pixels, white on black, uint8 or floats from 0 to 1, which are taken as they are. Raise ValueError for
-    tensors and arrays of another shape or range, such as images that are normalized already.
+    `image` is a `Digit`, a picture that `find_digit` accepts, or an MNIST image: a tensor or an array of
+    28×28 pixels, white on black, uint8 or floats from 0 to 1, which are taken as they are. Raise ValueError
+    for tensors and arrays of another shape or range, such as images that are normalized already.
     """
     if isinstance(image, (torch.Tensor, np.ndarray)):
         data = normalize_pixels(image)

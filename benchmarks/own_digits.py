@@ -110,7 +110,7 @@ def blank_page(images, random):
 
 
 def along(page, angle):
-    """Return each pixel's place `(H, W)` in the direction `angle`, in radians, from 0 to 1 across the page."""
+    """Return each pixel's place `(H, W)` in the direction `angle` in radians, from 0 to 1 across the page."""
     height, width = page.shape
     y = torch.arange(height)[:, None]
     x = torch.arange(width)
@@ -226,8 +226,8 @@ def soft_picture(page):
 class Kind(NamedTuple):
     """One kind of picture: `write` digits on a page, apply `steps`, and `finish`.
 
-    `predict` should reject pictures that do not show `is_digit`, one digit. With a `label`, only the images of
-    that digit are used.
+    `predict` should reject pictures that do not show one digit (`is_digit`). With a `label`, only the
+    images of that digit are used.
     """
 
     write: Callable = plain_page
