@@ -109,15 +109,13 @@ def test_training_cell_trains_as_a_plain_loop_of_pytorch_with_the_settings_of_it
             optimizer.step()
     test_set = small(100, train=False)
     with torch.no_grad():
-        output = model.eval()(utils.normalize(test_set.images))
+        loss = F.nll_loss(model.eval()(utils.normalize(test_set.images)), test_set.labels)
 
     state = checkpoint("Model4-seed2")
     for name, value in model.state_dict().items():
-        assert torch.allclose(state["model"][name], value, atol=1e-4), name
+        assert torch.equal(state["model"][name], value), name
     assert len(state["history"]["test_acc"]) == 7
-    assert state["history"]["test_losses"][-1] == pytest.approx(
-        F.nll_loss(output, test_set.labels).item(), abs=1e-4
-    )
+    assert state["history"]["test_losses"][-1] == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -215,11 +213,11 @@ NO_TQDM = 'import sys; sys.modules["tqdm"] = None'
 
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
-    """Return the only folder of PATH; its git and python add their arguments to the file `called` and fail."""
+    """Return the only folder of PATH: its git and python add their arguments to a file `called`, and fail."""
     folder = tmp_path / "programs"
     folder.mkdir()
     for name in ("git", "python"):
-        text = f'#!/bin/sh\necho "$@" >> {folder}/called\necho "prompt $GIT_TERMINAL_PROMPT" >&2\n'
+        text = f'#!/bin/sh\necho "$@" >> "{folder}/called"\necho "prompt $GIT_TERMINAL_PROMPT" >&2\n'
         (folder / name).write_text(f"{text}echo failed >&2\nexit 1\n", encoding="utf-8")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
