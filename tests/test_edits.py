@@ -4,6 +4,7 @@ The cells are run as a notebook runs them: two short epochs of Model4, the first
 dictionary from a text of the cells to the text in its place.
 """
 
+import atexit
 import json
 import re
 import sys
@@ -44,6 +45,7 @@ class Notebook:
         InteractiveShell.clear_instance()
         self.shell = InteractiveShell.instance(config=WITHOUT_HISTORY_FILE)
         self.shell.showtraceback = lambda *args, **options: None  # the error is raised instead
+        atexit.unregister(self.shell.atexit_operations)  # collects garbage, once per shell
         cells = CELLS["check-code"] + "#----\n" + CELLS["training-code"]
         for old, new in edits.items():
             assert cells.count(old) == 1, old
