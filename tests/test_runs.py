@@ -335,7 +335,8 @@ def test_results_are_appended_to_the_history(tmp_path, capsys):
     for epoch in run.remaining_epochs():
         parts.optimizer.param_groups[0]["lr"] = 0.01
         run.record(4.0 / epoch, 90.0 + epoch, 2.0 / epoch, 95.0 + epoch)
-    assert capsys.readouterr().out == "EPOCH: 1\nEPOCH: 2\n"
+    assert list(run.remaining_epochs()) == []
+    assert capsys.readouterr().out == "EPOCH: 1\nEPOCH: 2\nAll 2 epochs are completed\n"
     assert run.history == utils.History([4.0, 2.0], [91.0, 92.0], [2.0, 1.0], [96.0, 97.0], [0.1, 0.01])
     assert run.history.completed == 2
     assert min(run.history.seconds) > 0
