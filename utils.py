@@ -754,9 +754,7 @@ def attributes_of(value):
     if isinstance(value, Optimizer):
         parts = {}
         for number, group in enumerate(value.param_groups, 1):
-            options = group | {"lr": group.get("initial_lr", group["lr"])}  # before a scheduler changed it
-            options.pop("initial_lr", None)
-            for name, option in options.items():
+            for name, option in group.items():
                 parts[f"group {number} {name}"] = option
     for base in type(value).__mro__:
         if is_own(base) and base.__module__ not in ("model", "utils"):  # see `read_sources` for these
