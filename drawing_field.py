@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import MEAN, STD
+from utils import MEAN, SIDE, STD
 
 PAGE = Path(__file__).with_name("draw.html")
 TEXT = (
@@ -25,19 +25,13 @@ TEXT = (
 # Sanitizers escape the tags that they do not know, as nbconvert does, or remove them and keep the text. Both
 # keep the text of <i> and drop its attributes. A notebook may insert the output later, when scripts no longer
 # run by themselves; an image without a source reports an error in every case. JupyterLab would show a text in
-# its place, so it is hidden.
+# its place, so it is hidden. The handler runs the program as a function: in a handler itself the program would
+# be many times slower, because every name is looked up in the element first.
 OUTPUT = (
     '<i class="drawing-field" data-network="{network}" data-markup="{markup}" data-program="{program}"'
-    ' onload="{loader}">{text}</i>'
+    ' onload="Function(this.dataset.program).call(this)">{text}</i>'
     '<img alt="" style="display: none" src="" onerror="this.previousSibling.onload()">'
 )
-# In a handler itself the program would be many times slower: it looks for every name in the element first.
-LOADER = """
-const script = document.createElement("script");
-script.text = `(function () {${this.dataset.program}}).call(document.currentScript.nextSibling)`;
-this.before(script);
-script.remove();
-"""
 
 
 class DrawingField:
@@ -74,9 +68,8 @@ def drawing_field(model, description):
         OUTPUT.format(
             network=html.escape(json.dumps(network)),
             markup=html.escape(markup),
-            text=html.escape(TEXT),
             program=html.escape(program),
-            loader=html.escape(LOADER),
+            text=html.escape(TEXT),
         )
     )
 
@@ -84,24 +77,15 @@ def drawing_field(model, description):
 def export_layers(model):
     """Return the layers of a model in evaluation mode, in their order, as dictionaries for `draw.html`.
 
-    Dropout and identity are left out, and a BatchNorm directly after a convolution becomes part of it.
-    Raise ValueError, naming the layer, if `draw.html` cannot compute one.
+    Dropout and identity are left out. Raise ValueError, naming the layer, if `draw.html` cannot compute one.
     """
     layers = []
     for name, layer in innermost_layers(model):
         if type(layer) not in EXPORTERS:
             raise ValueError(f"draw.html cannot compute the layer {name}, {layer}: add it to EXPORTERS")
         exported = EXPORTERS[type(layer)](name, layer)
-        if exported is None:
-            continue
-        if isinstance(layer, nn.BatchNorm2d) and layers and layers[-1]["kind"] == "conv":
-            fold(exported, layers[-1])
-        else:
+        if exported is not None:
             layers.append(exported)
-    for layer in layers:
-        if layer["kind"] == "conv":
-            layer["weight"] = encode(layer["weight"])
-            layer["bias"] = encode(layer["bias"])
     return layers
 
 
@@ -120,8 +104,8 @@ def applies_layers_in_order(model):
 
     A network with a skip connection or with a pool in its `forward` would be computed incorrectly.
     """
-    data = torch.linspace(0, 1, 28 * 28, dtype=torch.float64)  # no random numbers: the state stays as it is
-    data = data.reshape(1, 1, 28, 28)
+    data = torch.linspace(0, 1, SIDE * SIDE, dtype=torch.float64)  # no random numbers: their state is kept
+    data = data.reshape(1, 1, SIDE, SIDE)
     expected = F.log_softmax(model(data), dim=1)
     try:
         for _, layer in innermost_layers(model):
@@ -136,39 +120,26 @@ def applies_layers_in_order(model):
 
 
 def check(name, layer, **required):
-    """Raise ValueError unless the options of a layer have the required values."""
+    """Raise ValueError unless options have the required values, as one number or as height and width."""
     for option, value in required.items():
-        if side(getattr(layer, option)) != value:
+        if getattr(layer, option) not in (value, (value, value)):
             raise ValueError(f"draw.html cannot compute the {option} of the layer {name}, {layer}")
 
 
-def check_square(name, layer, option):
-    """Return an option such as the kernel size as one number; raise ValueError if there are two."""
-    value = side(getattr(layer, option))
-    if not isinstance(value, int):
-        raise ValueError(f"draw.html cannot compute the {option} of the layer {name}, {layer}")
-    return value
-
-
-def side(value):
-    """Return a pair of equal values, such as a kernel's height and width, as one value."""
-    if isinstance(value, tuple) and len(set(value)) == 1:
-        return value[0]
-    return value
-
-
 def export_conv(name, layer):
-    check(name, layer, stride=1, dilation=1, padding_mode="zeros")
+    kernel = layer.kernel_size[0]
+    padding = layer.padding[0]
+    check(name, layer, kernel_size=kernel, padding=padding, stride=1, dilation=1, padding_mode="zeros")
     bias = layer.bias
     if bias is None:
         bias = layer.weight.new_zeros(layer.out_channels)
     return {
         "kind": "conv",
-        "kernel": check_square(name, layer, "kernel_size"),
-        "padding": check_square(name, layer, "padding"),
+        "kernel": kernel,
+        "padding": padding,
         "groups": layer.groups,
-        "weight": layer.weight.detach(),
-        "bias": bias.detach(),
+        "weight": encode(layer.weight),
+        "bias": encode(bias),
     }
 
 
@@ -182,9 +153,15 @@ def export_batch_norm(name, layer):
         "kernel": 1,
         "padding": 0,
         "groups": layer.num_features,
-        "weight": scale.detach().reshape(-1, 1, 1, 1),
-        "bias": shift.detach(),
+        "weight": encode(scale),
+        "bias": encode(shift),
     }
+
+
+def encode(tensor):
+    """Return the numbers of a tensor as text: float32, little-endian, in base64."""
+    numbers = tensor.detach().numpy().astype("<f4")
+    return base64.b64encode(numbers.tobytes()).decode()
 
 
 def export_relu(name, layer):
@@ -192,15 +169,24 @@ def export_relu(name, layer):
 
 
 def export_max_pool(name, layer):
-    size = check_square(name, layer, "kernel_size")
-    check(name, layer, stride=size, padding=0, dilation=1, ceil_mode=False, return_indices=False)
+    size = pool_size(name, layer)
+    check(name, layer, dilation=1)
     return {"kind": "maxpool", "size": size}
 
 
 def export_avg_pool(name, layer):
-    size = check_square(name, layer, "kernel_size")
-    check(name, layer, stride=size, padding=0, ceil_mode=False, divisor_override=None)
+    size = pool_size(name, layer)
+    check(name, layer, divisor_override=None)
     return {"kind": "avgpool", "size": size}
+
+
+def pool_size(name, layer):
+    """Return the side of the squares that a pool combines; raise ValueError if they are not side by side."""
+    size = layer.kernel_size
+    if isinstance(size, tuple):
+        size = size[0]
+    check(name, layer, kernel_size=size, stride=size, padding=0, ceil_mode=False)
+    return size
 
 
 def export_global_avg_pool(name, layer):
@@ -222,15 +208,3 @@ EXPORTERS = {
     nn.Dropout: leave_out,
     nn.Identity: leave_out,
 }
-
-
-def fold(norm, conv):
-    """Make an exported BatchNorm part of the exported convolution before it, which is exact."""
-    conv["weight"] = conv["weight"] * norm["weight"]
-    conv["bias"] = conv["bias"] * norm["weight"].flatten() + norm["bias"]
-
-
-def encode(tensor):
-    """Return the numbers of a tensor as text: float32, little-endian, in base64."""
-    numbers = tensor.numpy().astype("<f4")
-    return base64.b64encode(numbers.tobytes()).decode()
