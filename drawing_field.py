@@ -25,8 +25,8 @@ TEXT = (
 # Sanitizers escape the tags that they do not know, as nbconvert does, or remove them and keep the text. Both
 # keep the text of <i> and drop its attributes. A notebook may insert the output later, when scripts no longer
 # run by themselves; an image without a source reports an error in every case. JupyterLab would show a text in
-# its place, so it is hidden. The handler runs the program as a function: in a handler itself the program would
-# be many times slower, because every name is looked up in the element first.
+# its place, so it is hidden. The handler runs the program as a function: in the handler itself, it would be
+# many times slower, because every name is looked up in the element first.
 OUTPUT = (
     '<i class="drawing-field" data-network="{network}" data-markup="{markup}" data-program="{program}"'
     ' onload="Function(this.dataset.program).call(this)">{text}</i>'

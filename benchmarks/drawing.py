@@ -27,19 +27,9 @@ import utils
 from drawing_field import drawing_field
 
 IMAGES = 500
-CSV = common.ROOT / "benchmarks" / "drawing.csv"
-SCREENSHOT = common.ROOT / "images" / "drawing.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
 FIELD = 252  # side of the field in its own units
-STYLE = "body { margin: 16px; font-family: system-ui, sans-serif; color: #222 }"
+STYLE = "<style>body { margin: 16px; font-family: system-ui, sans-serif; color: #222 }</style>"
 
 # Makes 252×252 bytes, in base64, the ink of the field and returns what the page makes of it.
 RECOGNIZE = """
@@ -50,13 +40,8 @@ RECOGNIZE = """
   const start = performance.now();
   field.predict();
   const milliseconds = performance.now() - start;
-  const pixels = field.prepare(field.ink);
-  return {
-    answer: Number(host.shadowRoot.querySelector("output").textContent),
-    milliseconds,
-    pixels: [...pixels],
-    probabilities: field.classify(pixels),
-  };
+  const pixels = [...field.prepare(field.ink)];
+  return { pixels, milliseconds, probabilities: field.classify(pixels) };
 }
 """
 
@@ -71,96 +56,84 @@ def running_browser():
     else:
         raise FileNotFoundError("no Chromium or Chrome was found: install one")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=OPTIONS)
+        browser = playwright.chromium.launch(executable_path=program)
         yield browser
         browser.close()
 
 
-def open_field(browser, model, description, **options):
-    """Return a page with a drawing field, and the field's element; `options` are those of the page."""
-    page = browser.new_page(**options)
-    field = drawing_field(model, description)
-    page.set_content(f"<!doctype html><meta charset='utf-8'><style>{STYLE}</style>{field.html}")
-    host = page.locator("div.drawing-field")
-    host.wait_for()
-    return page, host
+def show(page, body):
+    """Show HTML in a page of the browser."""
+    page.set_content(f"<!doctype html><meta charset='utf-8'>{body}")
 
 
 @torch.no_grad()
 def measure(browser, model, name, test_set):
     """Return a row for a trained model and a `DigitSet` of test images, as a dictionary."""
-    model.eval()
-    page, host = open_field(browser, model, name)
-    answers = []
+    page = browser.new_page()
+    show(page, drawing_field(model, name).html)
+    host = page.locator("div.drawing-field")
+    pixels = []
+    probabilities = []
     times = []
-    largest_difference = 0.0
-    enlarged = F.interpolate(test_set.images[:, None] / 255, FIELD, mode="bilinear")
-    for ink in enlarged[:, 0]:
-        ink = (255 * ink / ink.max()).round().byte()
-        result = host.evaluate(RECOGNIZE, base64.b64encode(ink.numpy().tobytes()).decode())
-        answers.append(result["answer"])
+    images = test_set.images[:, None] / 255
+    for ink in F.interpolate(images, FIELD, mode="bilinear"):
+        data = (255 * ink / ink.max()).round().byte().numpy().tobytes()
+        result = host.evaluate(RECOGNIZE, base64.b64encode(data).decode())
+        pixels.append(result["pixels"])
+        probabilities.append(result["probabilities"])
         times.append(result["milliseconds"])
-        pixels = torch.tensor(result["pixels"]).reshape(1, 1, utils.SIDE, utils.SIDE)
-        expected = model((pixels - utils.MEAN) / utils.STD)[0].exp()
-        difference = (torch.tensor(result["probabilities"]) - expected).abs().max().item()
-        largest_difference = max(largest_difference, difference)
     page.close()
-    data = (test_set.images[:, None] / 255 - utils.MEAN) / utils.STD
+    pixels = torch.tensor(pixels).reshape(images.shape)
+    probabilities = torch.tensor(probabilities)
+    expected = model((pixels - utils.MEAN) / utils.STD).exp()
+    original = model((images - utils.MEAN) / utils.STD)
     return {
         "model": name,
         "images": len(test_set),
-        "original_acc": accuracy(model(data).argmax(dim=1), test_set.labels),
-        "field_acc": accuracy(torch.tensor(answers), test_set.labels),
-        "largest_difference": f"{largest_difference:.1e}",
+        "original_acc": accuracy(original, test_set.labels),
+        "field_acc": accuracy(probabilities, test_set.labels),
+        "largest_difference": f"{(probabilities - expected).abs().max():.1e}",
         "median_ms": f"{statistics.median(times):.1f}",
         "browser": f"Chrome/{browser.version}",
+        **common.machine_columns("cpu"),
     }
 
 
-def accuracy(predictions, labels):
+def accuracy(output, labels):
     """Return the share of correct predictions in percent."""
-    return f"{100 * (predictions == labels).double().mean().item():.2f}"
+    return f"{100 * (output.argmax(dim=1) == labels).double().mean():.2f}"
 
 
-def arc(center_x, center_y, radius_x, radius_y, start, end, steps=24):
-    """Return points on an ellipse from one angle to another, in degrees clockwise from the right."""
-    points = []
-    for step in range(steps + 1):
-        angle = math.radians(start + (end - start) * step / steps)
-        points.append((center_x + radius_x * math.cos(angle), center_y + radius_y * math.sin(angle)))
-    return points
-
-
-THREE = arc(0.46, 0.33, 0.20, 0.17, -160, 80) + arc(0.47, 0.66, 0.23, 0.18, -80, 150)
-
-
-def draw_screenshot(browser, model, description, path):
+def draw_screenshot(browser, model, name):
     """Draw a 3 by mouse and save a screenshot of the field."""
-    window = {"width": 720, "height": 404}
-    page, host = open_field(browser, model, description, viewport=window, device_scale_factor=2)
+    page = browser.new_page(viewport={"width": 720, "height": 404}, device_scale_factor=2)
+    show(page, STYLE + drawing_field(model, f"{name} on MNIST").html)
+    host = page.locator("div.drawing-field")
     box = host.locator("svg").bounding_box()
-    for x, y in THREE:
+    for step in range(49):
+        share = step / 48
+        x = 0.36 + 0.27 * abs(math.sin(2 * math.pi * share))
+        y = 0.16 + 0.68 * share
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
         page.mouse.down()
     page.mouse.up()
     page.mouse.move(0, 0)
     page.wait_for_function("host => host.field.frame === null", arg=host.element_handle())
-    page.screenshot(path=path)
+    page.screenshot(path=common.ROOT / "images" / "drawing.png")
     page.close()
 
 
-def main(paths, test_set, csv=CSV, screenshot=SCREENSHOT):
+def main(paths, test_set):
     """Measure the checkpoints at `paths`, and write the CSV file and the screenshot."""
     rows = []
     with running_browser() as browser:
         for path in paths:
             name, model = common.load_model(path)
-            row = {**measure(browser, model, name, test_set), **common.machine_columns("cpu")}
-            print(row)
-            rows.append(row)
+            rows.append(measure(browser, model, name, test_set))
+            print(rows[-1])
             if path == paths[0]:
-                draw_screenshot(browser, model, f"{name} on MNIST", screenshot)
-    common.write_rows(rows, csv)
+                draw_screenshot(browser, model, name)
+    common.write_rows(rows, common.ROOT / "benchmarks" / "drawing.csv")
 
 
 if __name__ == "__main__":
