@@ -583,14 +583,18 @@ class Run:
             yield epoch
 
     def _start_epoch(self, epoch):
-        """Seed all random numbers, and note the learning rate and the time.
+        """Seed all random numbers, set the training mode, and note the learning rate and the time.
 
         Each epoch has its own seed, so that a resumed run draws the same random numbers.
         """
         print(f"EPOCH: {epoch}")
         self._is_in_epoch = True
+        self.model.train()  # in case that the loop's own `train` does not
         seed = 1000 * self.seed + epoch
         torch.manual_seed(seed)
+        generator = getattr(self.train_loader, "generator", None)  # of a DataLoader
+        if generator is not None:
+            generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # NumPy takes no larger ones
         self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
