@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import MEAN, SIDE, STD
+from utils import MEAN, SIDE, STD, unwrap
 
 PAGE = Path(__file__).with_name("draw.html")
 TEXT = (
@@ -57,7 +57,7 @@ def drawing_field(model, description):
     Raise ValueError if `draw.html` cannot compute a layer, which is named, or if the model does not apply
     its layers in the order of their definition.
     """
-    model = copy.deepcopy(model).cpu().double().eval()  # first to the CPU: MPS has no float64
+    model = copy.deepcopy(unwrap(model)).cpu().double().eval()  # first to the CPU: MPS has no float64
     layers = export_layers(model)
     if not applies_layers_in_order(model):
         raise ValueError("draw.html applies the layers in the order of their definition; this model does not")

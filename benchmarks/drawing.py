@@ -108,17 +108,16 @@ def draw_screenshot(browser, model, name):
     """Draw a 3 by mouse and save a screenshot of the field."""
     page = browser.new_page(viewport={"width": 720, "height": 404}, device_scale_factor=2)
     show(page, STYLE + drawing_field(model, f"{name} on MNIST").html)
-    host = page.locator("div.drawing-field")
-    box = host.locator("svg").bounding_box()
+    box = page.locator("svg").bounding_box()
     for step in range(49):
         share = step / 48
-        x = 0.36 + 0.27 * abs(math.sin(2 * math.pi * share))
+        x = 0.36 + 0.27 * abs(math.sin(2 * math.pi * share)) ** 0.6
         y = 0.16 + 0.68 * share
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
         page.mouse.down()
     page.mouse.up()
     page.mouse.move(0, 0)
-    page.wait_for_function("host => host.field.frame === null", arg=host.element_handle())
+    page.evaluate("new Promise(requestAnimationFrame)")  # the prediction is shown with the next frame
     page.screenshot(path=common.ROOT / "images" / "drawing.png")
     page.close()
 
