@@ -8,89 +8,54 @@ run in parallel if each has its own models or seeds.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import common
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import utils
-from model import MODELS, Model1
+from model import MODELS, Model1, Model2, Model4
+from utils import RECIPES
 
 CSV = common.ROOT / "benchmarks" / "accuracy.csv"
 CONSTANT_RATE = {"step_size": 1, "gamma": 1.0}  # arguments of StepLR
-MODEL1_RECIPE = utils.RECIPES["Model1"]
-MODEL4_RECIPE = utils.RECIPES["Model4"]
-
-
-class Experiment(NamedTuple):
-    """A network and how it is trained."""
-
-    create: Callable  # returns the network
-    recipe: utils.Recipe
-
-
-EXPERIMENTS = {}  # by model and schedule, as in accuracy.csv
-for model_name, described_recipe in utils.RECIPES.items():
-    EXPERIMENTS[model_name, "described"] = Experiment(MODELS[model_name], described_recipe)
-EXPERIMENTS |= {
-    ("Model1", "constant"): Experiment(Model1, replace(MODEL1_RECIPE, scheduler_args=CONSTANT_RATE)),
-    ("Model1", "no_dropout"): Experiment(partial(Model1, dropout=0), MODEL1_RECIPE),
-    # From Model2 to Model4, one change at a time
-    ("Model2", "rate"): Experiment(MODELS["Model2"], replace(MODEL4_RECIPE, augmentation=None)),
-    ("Model2", "augment"): Experiment(MODELS["Model2"], replace(MODEL4_RECIPE, clean_epochs=0)),
-    ("Model2", "clean_epochs"): Experiment(MODELS["Model2"], MODEL4_RECIPE),
-    # Model4 without one part of its recipe
-    ("Model4", "no_augmentation"): Experiment(MODELS["Model4"], replace(MODEL4_RECIPE, augmentation=None)),
-    ("Model4", "augment"): Experiment(MODELS["Model4"], replace(MODEL4_RECIPE, clean_epochs=0)),
-    ("Model4", "constant"): Experiment(
-        MODELS["Model4"], replace(MODEL4_RECIPE, scheduler_args=CONSTANT_RATE)
-    ),
+NOT_AUGMENTED = replace(RECIPES["Model4"], augmentation=None)
+AUGMENTED_UNTIL_THE_END = replace(RECIPES["Model4"], clean_epochs=0)
+EXPERIMENTS = {  # from (model, schedule), as in accuracy.csv, to what creates the network, and the recipe
+    ("Model1", "constant"): (Model1, replace(RECIPES["Model1"], scheduler_args=CONSTANT_RATE)),
+    ("Model1", "no_dropout"): (partial(Model1, dropout=0), RECIPES["Model1"]),
+    ("Model2", "rate"): (Model2, NOT_AUGMENTED),
+    ("Model2", "augment"): (Model2, AUGMENTED_UNTIL_THE_END),
+    ("Model2", "clean_epochs"): (Model2, RECIPES["Model4"]),
+    ("Model4", "no_augmentation"): (Model4, NOT_AUGMENTED),
+    ("Model4", "augment"): (Model4, AUGMENTED_UNTIL_THE_END),
+    ("Model4", "constant"): (Model4, replace(RECIPES["Model4"], scheduler_args=CONSTANT_RATE)),
 }
+for model_name in MODELS:
+    EXPERIMENTS[model_name, "described"] = (MODELS[model_name], RECIPES[model_name])
 
 
 def train_and_describe(name, schedule, seed, train_set, test_set, epochs=common.EPOCHS):
     """Train one model with one seed; return the rows of accuracy.csv, one per epoch."""
     device = utils.choose_device()
-    experiment = EXPERIMENTS[name, schedule]
-    recipe = experiment.recipe
+    create, recipe = EXPERIMENTS[name, schedule]
     torch.manual_seed(seed)
-    model = experiment.create().to(device)
+    model = create().to(device)
     optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
+    scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
+    checkpoint = f"accuracy-{name}-{schedule}-{seed}"
     history = common.train_model(
-        common.checkpoint_path(f"accuracy-{name}-{schedule}-{seed}"),
-        model,
-        optimizer,
-        recipe.scheduler(optimizer, **recipe.scheduler_args),
-        *common.create_loaders(recipe, train_set, test_set, device),
-        F.nll_loss,
-        epochs,
-        seed,
-        epochs - recipe.clean_epochs,
+        checkpoint, model, optimizer, scheduler, recipe, train_set, test_set, epochs, seed
     )
     rows = []
-    for epoch in range(1, history.completed + 1):
-        row = {"model": name, "schedule": schedule, "seed": seed, "epoch": epoch}
+    for index in range(epochs):
+        row = {"model": name, "schedule": schedule, "seed": seed, "epoch": index + 1}
         for column, field in common.ACCURACY_COLUMNS.items():
-            row[column] = round(getattr(history, field)[epoch - 1], 6)
-        row.update(common.machine_columns(device))
-        rows.append(row)
+            row[column] = round(getattr(history, field)[index], 6)
+        rows.append(row | common.machine_columns(device))
     return rows
-
-
-def is_recorded(name, schedule, seed):
-    """Return whether accuracy.csv contains a run on this device."""
-    columns = {
-        "model": name,
-        "schedule": schedule,
-        "seed": str(seed),
-        "device": common.machine_columns(utils.choose_device())["device"],
-    }
-    return any(columns.items() <= row.items() for row in common.read_rows(CSV))
 
 
 def main():
@@ -99,16 +64,13 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=common.SEEDS)
     args = parser.parse_args()
     train_set, test_set = utils.load_data(standin=False)
-    wanted = []
+    device = common.machine_columns(utils.choose_device())["device"]
     for seed in args.seeds:
-        for name, schedule in EXPERIMENTS:
-            if name in args.models:
-                wanted.append((name, schedule, seed))
-    for name, schedule, seed in tqdm(wanted, desc="runs"):
-        if not is_recorded(name, schedule, seed):
-            print(f"\n{name}, {schedule}, seed {seed}")
-            rows = train_and_describe(name, schedule, seed, train_set, test_set)
-            common.append_rows(rows, CSV)
+        for name, schedule in tqdm(EXPERIMENTS, desc=f"seed {seed}"):
+            columns = {"model": name, "schedule": schedule, "seed": str(seed), "device": device}
+            if name in args.models and not common.is_recorded(columns, CSV):
+                rows = train_and_describe(name, schedule, seed, train_set, test_set)
+                common.append_rows(rows, CSV)
 
 
 if __name__ == "__main__":

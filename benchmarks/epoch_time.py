@@ -19,6 +19,7 @@ Nothing else should run on the machine. GOMP_SPINCOUNT can be set to compare its
 """
 
 import argparse
+import atexit
 import contextlib
 import io
 import itertools
@@ -48,20 +49,17 @@ COMPUTE_ONLY = "compute only"
 def create_loader(variant, recipe, train_set, device):
     """Return the batches of a variant, with the recipe's augmentation unless it is compute only."""
     if variant == DATALOADER:
-        return standard_loader(recipe, len(train_set), device)
+        return standard_loader(recipe, len(train_set), device, workers=0)
     if variant == WORKERS:
         return standard_loader(recipe, len(train_set), device, workers=4)
-    loader = utils.BatchLoader(
+    if variant == COMPUTE_ONLY:
+        return list(utils.BatchLoader(train_set, recipe.batch_size, device))
+    return utils.BatchLoader(
         train_set, recipe.batch_size, device, shuffle=True, augmentation=recipe.augmentation
     )
-    if variant == COMPUTE_ONLY:
-        data = loader.data.split(recipe.batch_size)
-        target = loader.target.split(recipe.batch_size)
-        return list(zip(data, target, strict=True))
-    return loader
 
 
-def standard_loader(recipe, count, device, workers=0):
+def standard_loader(recipe, count, device, workers):
     """Return a DataLoader of the first `count` training images, as in most MNIST examples."""
     steps = [transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,))]
     if recipe.augmentation is not None:
@@ -108,43 +106,6 @@ def measure(name, variant, train_set, device):
     return time.perf_counter() - start
 
 
-def measure_round(name, variants, train_set, device, busy):
-    """Measure the variants of a model one after another; return their rows of epoch_time.csv."""
-    rows = []
-    for variant in variants:
-        seconds = measure(name, variant, train_set, device)
-        row = {
-            "model": name,
-            "busy": int(busy),
-            "variant": variant,
-            "images": len(train_set),
-            "spincount": os.environ.get("GOMP_SPINCOUNT", ""),
-            "seconds": f"{seconds:.3f}",
-        }
-        row.update(common.machine_columns(device))
-        rows.append(row)
-    return rows
-
-
-def tenth(dataset):
-    """Return the first tenth of a data set."""
-    return dataset[: len(dataset) // 10]
-
-
-@contextlib.contextmanager
-def busy_process():
-    """Keep one core busy with an endless loop in a process of its own, until the context is left.
-
-    It has a session of its own, like a program started elsewhere: Linux shares the CPUs between sessions.
-    """
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["Model3", "Model4"])
@@ -157,21 +118,33 @@ def main():
     device = utils.choose_device()
     train_set, _ = utils.load_data(standin=False)
     if args.tenth:
-        train_set = tenth(train_set)
-    variants = [DATALOADER, REPOSITORY, COMPUTE_ONLY]
+        train_set = train_set[: len(train_set) // 10]
+    variants = [DATALOADER, REPOSITORY]
     if device == "cuda":
         variants.insert(1, WORKERS)
-    beside = contextlib.nullcontext()
     if args.busy:
-        variants.remove(COMPUTE_ONLY)
-        beside = busy_process()
-    with beside:
-        for name, variant in tqdm(list(itertools.product(args.models, variants)), desc="warm-up"):
-            measure(name, variant, tenth(train_set), device)
-        orders = list(itertools.permutations(variants))
-        for number, name in tqdm(list(itertools.product(range(args.rounds), args.models)), desc="rounds"):
-            order = orders[number % len(orders)]
-            rows = measure_round(name, order, train_set, device, args.busy)
+        # In a session of its own, like a program started elsewhere: Linux shares the CPUs between sessions
+        process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+        atexit.register(process.kill)
+    else:
+        variants.append(COMPUTE_ONLY)
+    for name, variant in tqdm(list(itertools.product(args.models, variants)), desc="warm-up"):
+        measure(name, variant, train_set[: len(train_set) // 10], device)
+    orders = itertools.cycle(itertools.permutations(variants))
+    for _ in tqdm(range(args.rounds), desc="rounds"):
+        order = next(orders)
+        for name in args.models:
+            rows = []
+            for variant in order:
+                row = {
+                    "model": name,
+                    "busy": int(args.busy),
+                    "variant": variant,
+                    "images": len(train_set),
+                    "spincount": os.environ.get("GOMP_SPINCOUNT", ""),
+                    "seconds": f"{measure(name, variant, train_set, device):.3f}",
+                }
+                rows.append(row | common.machine_columns(device))
             common.append_rows(rows, CSV)
 
 

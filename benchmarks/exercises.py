@@ -6,13 +6,14 @@ Each run trains Model4 with seed 1, with its recipe except for the optimizer or 
 appended to `exercises.csv` when it is complete. The stand-in digits show what a wrong schedule does.
 """
 
+import math
+
 import common
 import torch
-import torch.nn.functional as F
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 import utils
-from model import create_model
+from model import Model4
 
 CSV = common.ROOT / "benchmarks" / "exercises.csv"
 SEED = 1
@@ -25,34 +26,33 @@ def measure(variant, train_set, test_set, epochs=common.EPOCHS):
     """Train Model4 with one change, as the exercise says; return the row of exercises.csv."""
     recipe = utils.RECIPES["Model4"]
     torch.manual_seed(SEED)
-    model = create_model("Model4")
-    train_loader, test_loader = common.create_loaders(recipe, train_set, test_set, "cpu")
+    model = Model4()
     if variant == ADAMW:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         scheduler = StepLR(optimizer, **recipe.scheduler_args)
     else:
         optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
-        scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=epochs * len(train_loader))
+        batches = math.ceil(len(train_set) / recipe.batch_size)
+        scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=epochs * batches)
     if variant == PER_BATCH:
         optimizer.register_step_post_hook(lambda *args: scheduler.step())
     history = common.train_model(
-        common.checkpoint_path(f"exercises-{variant}-{train_set.name}".replace(" ", "-")),
+        f"exercises-{variant}-{train_set.name}".replace(" ", "-"),
         model,
         optimizer,
         scheduler,
-        train_loader,
-        test_loader,
-        F.nll_loss,
+        recipe,
+        train_set,
+        test_set,
         epochs,
         SEED,
-        epochs - recipe.clean_epochs,
         step_per_epoch=variant != PER_BATCH,
     )
     return {
         "variant": variant,
         "data": train_set.name,
         "seed": SEED,
-        "epochs": history.completed,
+        "epochs": epochs,
         "mean_last_five": round(common.mean_of_last_epochs(history), 3),
         "lowest_last_five": common.lowest_of_last_epochs(history),
         "last": history.test_acc[-1],
@@ -63,13 +63,12 @@ def measure(variant, train_set, test_set, epochs=common.EPOCHS):
 def main():
     mnist = utils.load_data(standin=False)
     standin = (utils.draw_standin(train=True), utils.draw_standin(train=False))
-    recorded = {(row["variant"], row["data"]) for row in common.read_rows(CSV)}
     for variant, data, epochs in (
         (PER_BATCH, standin, 2),
         (PER_EPOCH, standin, 2),
         (ADAMW, mnist, common.EPOCHS),
     ):
-        if (variant, data[0].name) not in recorded:
+        if not common.is_recorded({"variant": variant}, CSV):
             common.append_rows([measure(variant, *data, epochs)], CSV)
 
 

@@ -2,8 +2,7 @@
 
     S7_FIGURES=images python benchmarks/figures.py
 
-Writes steps.png, Model1.png to Model5.png and overview.png into the folder `S7_FIGURES`. What is not
-recorded is left out.
+Writes steps.png, Model1.png to Model5.png and overview.png into the folder `S7_FIGURES`.
 """
 
 import statistics
@@ -11,6 +10,7 @@ import textwrap
 
 import common
 import matplotlib.pyplot as plt
+import tables
 
 import plots
 import utils
@@ -29,17 +29,23 @@ MODEL_COLORS = {  # distinguishable for color-blind readers (Okabe and Ito)
 }
 DODGE = {"Model2": -40, "Model3": 40}  # parameters; both have the same number, and are drawn side by side
 LABEL_ON_THE_LEFT = ("Model2", "Model4")  # there is no room on the right
+TARGET_LINE = {
+    "y": plots.TARGET_ACCURACY,
+    "label": f"{plots.TARGET_ACCURACY} %",
+    "color": "gray",
+    "linestyle": "--",
+    "linewidth": 1,
+}
+CHANGE_LINE = {"color": "gray", "linestyle": ":"}
 
 plt.rcParams["font.size"] = 11
 
 
 def plot_steps(runs):
     """Plot the mean of the last epochs of every seed, a row per step from Model1 to Model4, and the mean."""
-    steps = [step for step in common.STEPS if (step.model, step.schedule) in runs]
     figure, axis = plt.subplots(figsize=(WIDTH, 4.4), layout="constrained")
-    for row, step in enumerate(steps):
-        histories = runs[step.model, step.schedule].values()
-        values = list(map(common.mean_of_last_epochs, histories))
+    for row, key in enumerate(tables.STEPS.values()):
+        values = list(map(common.mean_of_last_epochs, runs[key].values()))
         mean = statistics.mean(values)
         axis.scatter(values, [row] * len(values), color=plots.TEST_COLOR, alpha=0.5, s=36)
         axis.plot(mean, row, color=plots.TRAIN_COLOR, marker="|", markersize=18, markeredgewidth=2.5)
@@ -47,8 +53,9 @@ def plot_steps(runs):
             f"{mean:.2f}", (mean, row), (0, 11), textcoords="offset points", ha="center", fontsize=10
         )
     axis.axvline(plots.TARGET_ACCURACY, color="gray", linestyle="--")
-    axis.set_yticks(range(len(steps)), [textwrap.fill(step.change, 20) for step in steps])
-    axis.set_ylim(len(steps) - 0.5, -0.7)  # from top to bottom
+    labels = [textwrap.fill(change, 20) for change in tables.STEPS]
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.5, -0.7)  # from top to bottom
     axis.set_xlabel(f"test accuracy (%), mean of the last {plots.LAST_EPOCHS} epochs")
     axis.grid(alpha=0.3)
     plots.show_figure(figure, "steps", "Test accuracy of each step from Model1 to Model4, a dot per seed")
@@ -60,9 +67,9 @@ def plot_curves(name, runs):
     A second panel compares the schedules of Models 1 and 2, and shows the test loss of Model3.
     """
     described = runs[name, "described"].values()
-    has_constant_runs = name in ("Model1", "Model2") and (name, "constant") in runs
+    recipe = utils.RECIPES[name]
     panels = 1
-    if has_constant_runs or name == "Model3":
+    if name in tables.PUBLISHED:
         panels = 2
     figure, axes = plt.subplots(
         panels, 1, figsize=(WIDTH, 3.4 * panels), layout="constrained", squeeze=False, sharex=True
@@ -75,23 +82,29 @@ def plot_curves(name, runs):
     axes[0].set_ylim(98, 100)  # early epochs may be cut off
     if name == "Model1":
         axes[0].set_ylim(86, 100)
-    mark_target(axes[0])
-    if has_constant_runs:
+    axes[0].axhline(**TARGET_LINE)
+    if name in ("Model1", "Model2"):
         constant = runs[name, "constant"].values()
         plot_seeds(axes[1], [history.test_acc for history in constant], CONSTANT_COLOR, "constant rate")
         plot_seeds(axes[1], [history.test_acc for history in described], plots.TEST_COLOR, "as described")
         axes[1].set_title("The schedules")
         axes[1].set_ylabel("test accuracy (%)")
         axes[1].set_ylim(98, 99.5)
-        mark_target(axes[1])
+        axes[1].axhline(**TARGET_LINE)
     elif name == "Model3":
-        plot_seeds(axes[1], [history.test_losses for history in described], plots.TEST_COLOR, "test loss")
-        mark_best_losses(axes[1], [history.test_losses for history in described])
+        losses = [history.test_losses for history in described]
+        plot_seeds(axes[1], losses, plots.TEST_COLOR, "test loss")
+        mark_best_losses(axes[1], losses)
         axes[1].set_title("What ReduceLROnPlateau watches")
         axes[1].set_ylabel("test loss")
         axes[1].set_ylim(0.025, 0.065)
     for axis in axes:
-        mark_changes(axis, name, runs[name, "described"])
+        if name in ("Model1", "Model2"):
+            step_size = recipe.scheduler_args["step_size"]
+            axis.axvline(step_size + 0.5, label="the rate drops", **CHANGE_LINE)
+            axis.axvline(2 * step_size + 0.5, **CHANGE_LINE)
+        if recipe.augmentation is not None:
+            axis.axvline(common.EPOCHS - recipe.clean_epochs + 0.5, label="augmentation ends", **CHANGE_LINE)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=10)
@@ -125,33 +138,11 @@ def mark_best_losses(axis, lines):
     axis.scatter(epochs, losses, color=plots.TEST_COLOR, s=20, label=label)
 
 
-def mark_target(axis):
-    """Draw a line at the target."""
-    axis.axhline(
-        plots.TARGET_ACCURACY, color="gray", linestyle="--", linewidth=1, label=f"{plots.TARGET_ACCURACY} %"
-    )
-
-
-def mark_changes(axis, name, histories):
-    """Draw vertical lines where the learning rate drops to less than half, and where augmentation ends."""
-    rates = next(iter(histories.values())).learning_rates
-    label = "the rate drops"
-    for epoch in range(1, len(rates)):
-        if rates[epoch] < rates[epoch - 1] / 2:
-            axis.axvline(epoch + 0.5, color="gray", linestyle=":", label=label)
-            label = None  # one entry in the legend is enough
-    recipe = utils.RECIPES[name]
-    if recipe.augmentation is not None:
-        augmented_epochs = common.EPOCHS - recipe.clean_epochs
-        axis.axvline(augmented_epochs + 0.5, color="gray", linestyle=":", label="augmentation ends")
-
-
 def plot_overview(runs):
     """Plot test accuracy against the number of parameters: every seed, the means, the published results."""
     figure, axis = plt.subplots(figsize=(WIDTH, 5.2), layout="constrained")
     for name in MODEL_COLORS:
-        if (name, "described") in runs:
-            plot_model(axis, name, runs[name, "described"].values())
+        plot_model(axis, name, runs[name, "described"].values())
     axis.axhline(plots.TARGET_ACCURACY, color="gray", linestyle="--", linewidth=1)
     axis.axvline(PARAMETER_LIMIT, color="gray", linestyle="--", linewidth=1)
     seed_label = f"one seed: mean of the last {plots.LAST_EPOCHS} epochs"
@@ -189,16 +180,15 @@ def plot_model(axis, name, histories):
         verticalalignment="center",
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # hides the line behind the text
     )
-    if name in common.PUBLISHED:
-        axis.plot(parameters, common.PUBLISHED[name].test_acc, color=color, marker="x", markersize=9)
+    if name in tables.PUBLISHED:
+        axis.plot(parameters, tables.PUBLISHED[name].test_acc, color=color, marker="x", markersize=9)
 
 
 def main():
-    runs = common.recorded_runs(common.read_rows(CSV))
+    runs = common.recorded_runs(CSV)
     plot_steps(runs)
     for name in MODELS:
-        if (name, "described") in runs:
-            plot_curves(name, runs)
+        plot_curves(name, runs)
     plot_overview(runs)
 
 

@@ -17,6 +17,7 @@ import re
 import statistics
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import common
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 import plots
 import utils
+from model import Network, conv, first_block, separable_block
 
 CSV = common.ROOT / "benchmarks" / "search.csv"
 BASE = utils.Recipe(  # Model4's when the search began; written out, so that recorded rows keep their meaning
@@ -99,6 +101,26 @@ CONFIGURATIONS = [
     # the design exercise: a network whose width grows from block to block
     Configuration([16, 16], [24, 32, 40, 48], {"clean_epochs": 6}),
 ]
+
+
+class Candidate(Network):
+    """A network like Model4, with other numbers of channels.
+
+    `before` and `after` list the output channels of the blocks before and after the pool. With
+    Model4's numbers, the same seed gives the same weights under the same names.
+    """
+
+    def __init__(self, before, after):
+        super().__init__()
+        channels = before + after
+        self.block1 = first_block(channels[0])
+        for number, (in_channels, out_channels) in enumerate(pairwise(channels), 2):
+            if number == len(before) + 1:
+                self.pool = nn.MaxPool2d(2)
+            self.add_module(f"block{number}", separable_block(in_channels, out_channels))
+        self.gap = nn.AdaptiveAvgPool2d(1)
+        self.logits = conv(channels[-1], 10)
+        self.to(memory_format=torch.channels_last)
 
 
 class Averaged(nn.Module):
@@ -177,12 +199,10 @@ def train_configuration(configuration, seed, train_set, validation_set, epochs):
     changes = configuration.changes
     if "teacher" in changes:
         teacher, _ = train_configuration(TEACHER, seed, train_set, validation_set, epochs)
-    device = utils.choose_device()
     recipe = changed_recipe(changes)
     torch.manual_seed(seed)
-    network = common.Candidate(configuration.before, configuration.after).to(device)
+    network = Candidate(configuration.before, configuration.after).to(utils.choose_device())
     optimizer = torch.optim.SGD(network.parameters(), **recipe.sgd)
-    scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
     model = network
     criterion = F.nll_loss
     if "ema" in changes:
@@ -191,15 +211,16 @@ def train_configuration(configuration, seed, train_set, validation_set, epochs):
         criterion = TeacherLoss(network, teacher, changes["temperature"])
     name = re.sub("[^A-Za-z0-9.]+", "-", " ".join(identity(configuration, seed).values()))
     history = common.train_model(
-        common.checkpoint_path(f"search-{name}"),
+        f"search-{name}",
         model,
         optimizer,
-        scheduler,
-        *common.create_loaders(recipe, train_set, validation_set, device),
-        criterion,
+        recipe.scheduler(optimizer, **recipe.scheduler_args),
+        recipe,
+        train_set,
+        validation_set,
         epochs,
         seed,
-        epochs - recipe.clean_epochs,
+        criterion,
     )
     return network, history
 
@@ -219,28 +240,19 @@ def train_and_describe(configuration, seed, train_set, validation_set, epochs=co
     }
 
 
-def is_recorded(configuration, seed):
-    """Return whether search.csv contains a run."""
-    columns = identity(configuration, seed)
-    return any(columns.items() <= row.items() for row in common.read_rows(CSV))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", nargs="+", type=int, default=common.SEEDS)
     args = parser.parse_args()
     train_set, validation_set = utils.split(utils.load_data(standin=False)[0])
-    wanted = []
-    for configuration in CONFIGURATIONS:
+    for configuration in tqdm(CONFIGURATIONS, desc="configurations"):
         for seed in configuration.seeds:
-            columns = " ".join(identity(configuration, seed).values())
-            if seed in args.seeds and args.only in columns:
-                wanted.append((configuration, seed))
-    for configuration, seed in tqdm(wanted, desc="runs"):
-        if not is_recorded(configuration, seed):
-            row = train_and_describe(configuration, seed, train_set, validation_set)
-            common.append_rows([row], CSV)
+            columns = identity(configuration, seed)
+            wanted = seed in args.seeds and args.only in " ".join(columns.values())
+            if wanted and not common.is_recorded(columns, CSV):
+                row = train_and_describe(configuration, seed, train_set, validation_set)
+                common.append_rows([row], CSV)
 
 
 if __name__ == "__main__":

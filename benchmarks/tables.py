@@ -4,19 +4,20 @@
     python benchmarks/tables.py --check     fail if a table is stale, and name it
 
 A table is between the lines `<!-- table: NAME -->` and `<!-- /table -->`. `create_tables` lists the
-names. What is not recorded is left out. Accuracies are in percent; the titles are short, so that the
-tables fit a phone: "size" is the number of parameters, "min" the lowest of the last epochs, "from" the
-epoch from which the target is met, and "field" the receptive field, in pixels. A gain is the mean
-difference of runs with the same seeds ± its standard error.
+names. Accuracies are in percent; the titles are short, so that the tables fit a phone: "size" is the number
+of parameters, "min" the lowest of the last epochs, "from" the epoch from which the target is met, and
+"field" the receptive field, in pixels. A gain is the mean difference of runs with the same seeds ± its
+standard error.
 """
 
 import argparse
 import json
-import re
 import statistics
 import sys
+from typing import NamedTuple
 
 import common
+import epoch_time
 import search
 
 import plots
@@ -25,7 +26,7 @@ from model import MODELS, create_model
 FOLDER = common.ROOT / "benchmarks"
 PAGES = [common.ROOT / "README.md", FOLDER / "README.md"]
 START = "<!-- table: "
-MARKED_TABLE = re.compile(START + r"(?P<name>[^>]+) -->\n(?:(?!<!-- ).*\n)*<!-- /table -->")
+END = "<!-- /table -->"
 MEAN = f"mean, last {plots.LAST_EPOCHS}"  # the title of a column
 MEASURES = {  # of a run, by the title of their column
     "train, best": lambda history: max(history.train_acc),
@@ -34,6 +35,35 @@ MEASURES = {  # of a run, by the title of their column
     "min": common.lowest_of_last_epochs,
 }
 
+
+class Published(NamedTuple):
+    """The best accuracies of a published run, in percent."""
+
+    train_acc: float
+    test_acc: float
+
+
+PUBLISHED = {
+    "Model1": Published(train_acc=88.88, test_acc=98.53),
+    "Model2": Published(train_acc=99.50, test_acc=99.11),
+    "Model3": Published(train_acc=99.50, test_acc=99.28),
+}
+STEPS = {  # from Model1 to Model4, one change at a time: the model and the schedule in accuracy.csv
+    "Model1": ("Model1", "described"),
+    "Model1 without dropout": ("Model1", "no_dropout"),
+    "Model2's network": ("Model2", "described"),
+    "Model4's optimizer and scheduler": ("Model2", "rate"),
+    "augmentation": ("Model2", "augment"),
+    "no augmentation in the last epochs": ("Model2", "clean_epochs"),
+    "Model4's network": ("Model4", "described"),
+}
+WITHOUT = {  # Model4, and Model4 with one thing taken out
+    "Model4": ("Model4", "described"),
+    "no augmentation": ("Model4", "no_augmentation"),
+    "augmentation until the end": ("Model4", "augment"),
+    "constant learning rate, 0.1": ("Model4", "constant"),
+    "Model2's network": ("Model2", "clean_epochs"),
+}
 
 # ---- cells ----
 
@@ -55,9 +85,13 @@ def mean_and_deviation(values):
     return f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def paired_differences(values, baseline):
-    """Return the differences of two dictionaries from seed to value, for the seeds that both have."""
-    return [value - baseline[seed] for seed, value in values.items() if seed in baseline]
+def paired_differences(measure, runs, baseline):
+    """Return the differences of a measure between runs with the same seed, given by seed."""
+    differences = []
+    for seed, run in runs.items():
+        if seed in baseline:
+            differences.append(measure(run) - measure(baseline[seed]))
+    return differences
 
 
 def gain_cell(differences):
@@ -77,13 +111,10 @@ def gain_cell(differences):
 
 def epoch_of_target(histories):
     """Return the epoch from which every run has at least 99.4 % test accuracy, or "never"."""
-    latest = 0
-    for history in histories:
-        first = plots.first_epoch_above(history.test_acc)
-        if first is None:
-            return "never"
-        latest = max(latest, first)
-    return str(latest)
+    epochs = [plots.first_epoch_above(history.test_acc) for history in histories]
+    if None in epochs:
+        return "never"
+    return max(epochs)
 
 
 def result_cells(histories):
@@ -100,52 +131,39 @@ def overview_table(runs):
     """Return the main results of all models, trained as described."""
     rows = []
     for name in MODELS:
-        if (name, "described") in runs:
-            parameters = common.count_parameters(create_model(name))
-            rows.append([name, f"{parameters:,}", *result_cells(runs[name, "described"].values())])
+        parameters = common.count_parameters(create_model(name))
+        rows.append([name, f"{parameters:,}", *result_cells(runs[name, "described"].values())])
     return markdown_table(f"model | size | {MEAN} | min | from", rows)
 
 
 def schedules_table(name, runs):
     """Return the accuracy of a model per schedule, the gain of the described one, and what was published."""
-    constant = runs.get((name, "constant"), {})
-    described = runs.get((name, "described"), {})
-    schedules = {"constant": constant, "described": described}
-    if constant == described:
-        schedules = {"constant = described": described}
-    rows = []
-    for title, histories in schedules.items():
-        if histories:
-            cells = [title]
-            for measure in MEASURES.values():
-                cells.append(mean_and_deviation(by_seed(measure, histories).values()))
-            rows.append(cells)
-    gains = ["gain"]
-    wins = ["seeds won"]
+    constant = runs[name, "constant"]
+    described = runs[name, "described"]
+    columns = [["constant", "described", "gain", "seeds won"]]
     for measure in MEASURES.values():
-        differences = paired_differences(by_seed(measure, described), by_seed(measure, constant))
-        gains.append(gain_cell(differences))
-        wins.append(f"{sum(difference > 0 for difference in differences)} of {len(differences)}")
-    if constant != described:
-        rows += [gains, wins]
-    published = common.PUBLISHED[name]
+        differences = paired_differences(measure, described, constant)
+        wins = sum(difference > 0 for difference in differences)
+        column = [
+            mean_and_deviation(list(map(measure, constant.values()))),
+            mean_and_deviation(list(map(measure, described.values()))),
+            gain_cell(differences),
+            f"{wins} of {len(differences)}",
+        ]
+        columns.append(column)
+    rows = list(zip(*columns, strict=True))
+    if constant == described:
+        rows = [["constant = described", *rows[0][1:]]]
+    published = PUBLISHED[name]
     rows.append(["published", f"{published.train_acc:.2f}", f"{published.test_acc:.2f}", "", ""])
     return markdown_table(" | ".join(["schedule", *MEASURES]), rows)
 
 
-def by_seed(measure, histories):
-    """Return a dictionary from seed to what `measure` gives for its run."""
-    return {seed: measure(history) for seed, history in histories.items()}
-
-
 def seeds_table(name, runs):
     """Return the accuracy of each run of a model, trained as described; the last row is about all runs."""
-    histories = runs.get((name, "described"), {})
-    groups = {}
-    for seed, history in histories.items():
-        groups[seed] = [history]
-    if histories:
-        groups["all"] = histories.values()
+    histories = runs[name, "described"]
+    groups = {seed: [history] for seed, history in histories.items()}
+    groups["all"] = histories.values()
     rows = []
     for seed, group in groups.items():
         train = mean_and_deviation([history.train_acc[-1] for history in group])
@@ -153,95 +171,28 @@ def seeds_table(name, runs):
     return markdown_table(f"seed | train, last | {MEAN} | min | from", rows)
 
 
-def steps_table(runs):
-    """Return the steps from Model1 to Model4, and the gain of each over the step before."""
+def steps_table(titles, steps, runs, baseline=None):
+    """Return the results of each step, and its gain over `baseline`, by default over the step before.
+
+    A step that is not recorded is left out.
+    """
     rows = []
     before = {}
-    for step in common.STEPS:
-        histories = runs.get((step.model, step.schedule), {})
+    for change, key in steps.items():
+        histories = runs.get(key, {})
         if histories:
-            rows.append(step_cells(step, histories, before))
-        before = histories
-    return markdown_table(f"step | {MEAN} | min | gain", rows)
-
-
-def without_table(runs):
-    """Return the results of Model4, and of Model4 with one thing taken out."""
-    rows = []
-    baseline = {}
-    for step in [common.MODEL4, *common.WITHOUT]:
-        histories = runs.get((step.model, step.schedule), {})
-        if histories:
-            rows.append(step_cells(step, histories, baseline))
-        if step == common.MODEL4:
-            baseline = histories
-    return markdown_table(f"instead | {MEAN} | min | difference", rows)
-
-
-def step_cells(step, histories, baseline):
-    """Return the row of a step: its change, the mean, the lowest, and the gain over a baseline."""
-    mean, lowest, _ = result_cells(histories.values())
-    means = by_seed(common.mean_of_last_epochs, histories)
-    differences = paired_differences(means, by_seed(common.mean_of_last_epochs, baseline))
-    return [step.change, mean, lowest, gain_cell(differences)]
-
-
-# ---- tables about the networks ----
-
-
-def calculate_fields(layers):
-    """Return the jump before each layer and the receptive field after it, as a list of pairs.
-
-    A jump is the distance of neighboring values in pixels of the image.
-    """
-    pairs = []
-    jump = 1
-    field = 1
-    for layer in layers:
-        field += (layer.kernel - 1) * jump
-        pairs.append((jump, field))
-        jump *= layer.stride
-    return pairs
-
-
-def design_table(name):
-    """Return how the receptive field of a network grows from block to block, and where its parameters are.
-
-    A block is described by the kernel of its largest layer; its other layers do not change the field.
-    """
-    layers = plots.layer_table(create_model(name))
-    blocks = {}
-    for layer, (jump, field) in zip(layers, calculate_fields(layers), strict=True):
-        block = blocks.setdefault(layer.name.split(".")[0], {"jump": jump, "largest": layer, "parameters": 0})
-        if layer.kernel > block["largest"].kernel:
-            block["largest"] = layer
-        block["output"] = "×".join(map(str, layer.output))
-        block["field"] = field
-        block["parameters"] += layer.parameters
-    rows = []
-    for name, block in blocks.items():
-        largest = block["largest"]
-        cells = [name, block["output"], largest.kernel, largest.stride, block["jump"], block["field"]]
-        rows.append([*cells, f"{block['parameters']:,}"])
-    return markdown_table("block | output | kernel | stride | jump | field | parameters", rows)
-
-
-def networks_table():
-    """Return the size, the multiply-adds and the receptive field of all networks."""
-    rows = []
-    for name in MODELS:
-        layers = plots.layer_table(create_model(name))
-        parameters = sum(layer.parameters for layer in layers)
-        mult_adds = sum(layer.mult_adds for layer in layers)
-        _, field = calculate_fields(layers)[-1]
-        rows.append([name, f"{parameters:,}", f"{mult_adds:,}", field])
-    return markdown_table("model | size | mult-adds | field", rows)
+            mean, lowest, _ = result_cells(histories.values())
+            differences = paired_differences(common.mean_of_last_epochs, histories, before)
+            rows.append([change, mean, lowest, gain_cell(differences)])
+        before = runs.get(baseline, histories)
+    first, last = titles
+    return markdown_table(f"{first} | {MEAN} | min | {last}", rows)
 
 
 # ---- other tables ----
 
 
-def group_by(rows, columns):
+def group_by(rows, *columns):
     """Return a dictionary from the values of some columns, as a tuple, to the rows that have them."""
     groups = {}
     for row in rows:
@@ -255,43 +206,43 @@ def numbers(rows, column):
     return [float(row[column]) for row in rows]
 
 
+def design_table(name):
+    """Return how the receptive field of a network grows from block to block, and where its parameters are.
+
+    A block is described by the kernel of its largest layer; its other layers do not change the field. A jump
+    is the distance of neighboring values before the block, in pixels of the image.
+    """
+    blocks = {}
+    for layer in plots.layer_table(create_model(name)):
+        blocks.setdefault(layer.name.split(".")[0], []).append(layer)
+    rows = []
+    jump = 1
+    for block, layers in blocks.items():
+        largest = max(layers, key=lambda layer: layer.kernel)
+        output = "×".join(map(str, layers[-1].output))
+        field = layers[-1].receptive_field
+        parameters = sum(layer.parameters for layer in layers)
+        rows.append([block, output, largest.kernel, largest.stride, jump, field, f"{parameters:,}"])
+        jump *= largest.stride
+    return markdown_table("block | output | kernel | stride | jump | field | parameters", rows)
+
+
 def search_table(rows):
     """Return the results of each configuration of the search, over its seeds."""
     lines = []
-    for values, runs in group_by(rows, ["before", "after", "parameters", "changes"]).items():
+    for values, runs in group_by(rows, "before", "after", "parameters", "changes").items():
         before, after, parameters, changes = values
-        cells = [f"{before} → {after}", f"{int(parameters):,}", recipe_text(json.loads(changes))]
-        lines.append([*cells, *search_cells(runs)])
+        cells = [
+            f"{before} → {after}",
+            f"{int(parameters):,}",
+            recipe_text(json.loads(changes)),
+            len(runs),
+            f"{statistics.mean(numbers(runs, 'mean_last_five')):.3f}",
+            f"{min(numbers(runs, 'worst_last_five')):.2f}",
+            f"{statistics.mean(numbers(runs, 'loss_last_five')):.4f}",
+        ]
+        lines.append(cells)
     return markdown_table("network | size | recipe | seeds | mean | min | loss", lines)
-
-
-def search_cells(runs):
-    """Return the cells about the rows of one configuration: seeds, mean, lowest, and loss."""
-    return [
-        len(runs),
-        f"{statistics.mean(numbers(runs, 'mean_last_five')):.3f}",
-        f"{min(numbers(runs, 'worst_last_five')):.2f}",
-        f"{statistics.mean(numbers(runs, 'loss_last_five')):.4f}",
-    ]
-
-
-def model5_search_table(rows):
-    """Return the changes of the recipe that were tried with Model5's network, and their gain over none."""
-    recipe = {"clean_epochs": 6}
-    columns = search.identity(search.Configuration(*search.MODEL5, recipe), seed=1)
-    network = {"before": columns["before"], "after": columns["after"]}
-    rows = [row for row in rows if network.items() <= row.items()]
-    baseline = {}
-    lines = []
-    for (text,), runs in group_by(rows, ["changes"]).items():
-        changes = json.loads(text)
-        if recipe.items() <= changes.items():
-            means = dict(zip(numbers(runs, "seed"), numbers(runs, "mean_last_five"), strict=True))
-            gain = gain_cell(paired_differences(means, baseline))
-            lines.append([recipe_text(changes), *search_cells(runs), gain])
-            if changes == recipe:
-                baseline = means
-    return markdown_table("recipe | seeds | mean | min | loss | gain", lines)
 
 
 def recipe_text(changes):
@@ -306,20 +257,30 @@ def recipe_text(changes):
     return ", ".join(parts) or "base"
 
 
+def print_search_gain(configuration, baseline):
+    """Print the gain of one configuration of the search over another, in validation accuracy.
+
+    For example, of the average of Model5's weights:
+
+        none = search.Configuration(*search.MODEL5, {"clean_epochs": 6})
+        ema = search.Configuration(*search.MODEL5, {"clean_epochs": 6, "ema": 0.998})
+        tables.print_search_gain(ema, none)
+    """
+    groups = group_by(common.read_rows(search.CSV), "before", "after", "changes")
+    means = []
+    for item in (configuration, baseline):
+        before, after, changes, _ = search.identity(item, seed=1).values()
+        rows = groups[before, after, changes]
+        means.append(dict(zip(numbers(rows, "seed"), numbers(rows, "mean_last_five"), strict=True)))
+    print(gain_cell(paired_differences(float, *means)))
+
+
 def dropout_table(rows):
     """Return Model1's train accuracy for each choice of active dropout layers."""
     lines = []
-    for (setting,), runs in group_by(rows, ["dropout"]).items():
+    for (setting,), runs in group_by(rows, "dropout").items():
         lines.append([setting, mean_and_deviation(numbers(runs, "train_acc"))])
     return markdown_table("active dropout | train accuracy", lines)
-
-
-def seconds_per_variant(rows):
-    """Return the seconds per epoch of each variant, round by round, as a dictionary."""
-    seconds = {}
-    for (variant,), measured in group_by(rows, ["variant"]).items():
-        seconds[variant] = numbers(measured, "seconds")
-    return seconds
 
 
 def epoch_time_table(rows):
@@ -327,42 +288,46 @@ def epoch_time_table(rows):
 
     Only epochs with all images are included.
     """
+    variants = [
+        epoch_time.DATALOADER,
+        epoch_time.WORKERS,
+        epoch_time.REPOSITORY,
+        epoch_time.COMPUTE_ONLY,
+    ]
     lines = []
     rows = [row for row in rows if row["images"] == "60000"]
-    variants = ["DataLoader", "DataLoader, 4 workers", "this repository", "compute only"]
-    for values, measured in group_by(rows, ["model", "device", "threads", "busy"]).items():
+    for values, measured in group_by(rows, "model", "device", "threads", "busy").items():
         model, device, threads, busy = values
         machine = f"{device}, {plots.number_of(int(threads), 'thread')}"
         if busy == "1":
             machine += ", busy"
-        seconds = seconds_per_variant(measured)
-        medians = dict.fromkeys(variants, "")
-        for variant, times in seconds.items():
-            medians[variant] = f"{statistics.median(times):.1f}"
-        ratios = []
-        for baseline in ("DataLoader", "compute only"):
-            ratios.append(ratio_cell(seconds["this repository"], seconds.get(baseline)))
-        lines.append([model, machine, *medians.values(), *ratios])
+        cells = [model, machine]
+        groups = group_by(measured, "variant")
+        for variant in variants:
+            cell = ""
+            if (variant,) in groups:
+                cell = f"{statistics.median(numbers(groups[variant,], 'seconds')):.1f}"
+            cells.append(cell)
+        for variant in (epoch_time.DATALOADER, epoch_time.COMPUTE_ONLY):
+            cell = ""
+            if (variant,) in groups:
+                cell = ratio_cell(groups[epoch_time.REPOSITORY,], groups[variant,])
+            cells.append(cell)
+        lines.append(cells)
     header = f"model | machine | {' | '.join(variants)} | vs. DataLoader | vs. compute"
     return markdown_table(header, lines)
 
 
-def ratio_cell(times, baseline):
-    """Return the median of the ratios of two variants, round by round, with their range.
-
-    It is empty if there is no baseline.
-    """
-    if baseline is None:
-        return ""
-    ratios = [time / base for time, base in zip(times, baseline, strict=True)]
+def ratio_cell(rows, baseline):
+    """Return the median of the ratios of two variants' seconds, round by round, with their range."""
+    pairs = zip(numbers(rows, "seconds"), numbers(baseline, "seconds"), strict=True)
+    ratios = [seconds / base for seconds, base in pairs]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def columns_table(rows, hidden):
-    """Return all rows of a CSV file, without the `hidden` columns."""
-    columns = []
-    if rows:
-        columns = [column for column in rows[0] if column not in hidden]
+    """Return all rows of a CSV file, without the `hidden` columns and those of the machine."""
+    columns = [column for column in rows[0] if column not in (*hidden, "device", "threads", "torch")]
     lines = []
     for row in rows:
         lines.append([row[column] for column in columns])
@@ -374,27 +339,21 @@ def columns_table(rows, hidden):
 
 def create_tables():
     """Return every table as text, by name."""
-    runs = common.recorded_runs(common.read_rows(FOLDER / "accuracy.csv"))
-    search_rows = common.read_rows(FOLDER / "search.csv")
-    own_digits = common.read_rows(FOLDER / "own_digits.csv")
-    exercises = common.read_rows(FOLDER / "exercises.csv")
-    drawing = common.read_rows(FOLDER / "drawing.csv")
+    runs = common.recorded_runs(FOLDER / "accuracy.csv")
     tables = {
         "overview": overview_table(runs),
-        "steps": steps_table(runs),
-        "without": without_table(runs),
+        "steps": steps_table(("step", "gain"), STEPS, runs),
+        "without": steps_table(("instead", "difference"), WITHOUT, runs, baseline=WITHOUT["Model4"]),
         "design": design_table("Model4"),
-        "networks": networks_table(),
-        "search": search_table(search_rows),
-        "Model5 search": model5_search_table(search_rows),
+        "search": search_table(common.read_rows(FOLDER / "search.csv")),
         "dropout ablation": dropout_table(common.read_rows(FOLDER / "dropout_ablation.csv")),
-        "own digits": columns_table(own_digits, hidden=["model", "device", "threads", "torch"]),
-        "drawing field": columns_table(drawing, hidden=["device", "threads", "torch"]),
+        "own digits": columns_table(common.read_rows(FOLDER / "own_digits.csv"), hidden=["model"]),
+        "drawing field": columns_table(common.read_rows(FOLDER / "drawing.csv"), hidden=[]),
         "epoch time": epoch_time_table(common.read_rows(FOLDER / "epoch_time.csv")),
-        "exercises": columns_table(exercises, hidden=["seed", "device", "threads", "torch"]),
+        "exercises": columns_table(common.read_rows(FOLDER / "exercises.csv"), hidden=["seed"]),
     }
     for name in MODELS:
-        if name in common.PUBLISHED:
+        if name in PUBLISHED:
             tables[f"{name} schedules"] = schedules_table(name, runs)
         else:
             tables[f"{name} seeds"] = seeds_table(name, runs)
@@ -406,15 +365,13 @@ def find_stale_tables(page, tables):
 
     Raise ValueError if a table has no end, and KeyError if there is no table of that name.
     """
-    matches = list(MARKED_TABLE.finditer(page))
-    if len(matches) != page.count(START):
-        raise ValueError("a table has no end: add the line <!-- /table -->")
     stale = {}
-    for match in matches:
-        name = match["name"]
-        current = f"{START}{name} -->\n\n{tables[name]}\n\n<!-- /table -->"
-        if match.group() != current:
-            stale[name] = (match.group(), current)
+    for part in page.split(START)[1:]:
+        text, _ = part.split(END)
+        name, _ = text.split(" -->", maxsplit=1)
+        current = f"{name} -->\n\n{tables[name]}\n\n"
+        if text != current:
+            stale[name] = (START + text + END, START + current + END)
     return stale
 
 
