@@ -44,6 +44,7 @@ DATALOADER = "DataLoader"
 WORKERS = "DataLoader, 4 workers"
 REPOSITORY = "this repository"
 COMPUTE_ONLY = "compute only"
+VARIANTS = [DATALOADER, WORKERS, REPOSITORY, COMPUTE_ONLY]
 
 
 def create_loader(variant, recipe, train_set, device):
@@ -119,15 +120,14 @@ def main():
     train_set, _ = utils.load_data(standin=False)
     if args.tenth:
         train_set = train_set[: len(train_set) // 10]
-    variants = [DATALOADER, REPOSITORY]
-    if device == "cuda":
-        variants.insert(1, WORKERS)
+    variants = list(VARIANTS)
+    if device == "cpu":
+        variants.remove(WORKERS)
     if args.busy:
         # In a session of its own, like a program started elsewhere: Linux shares the CPUs between sessions
         process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
         atexit.register(process.kill)
-    else:
-        variants.append(COMPUTE_ONLY)
+        variants.remove(COMPUTE_ONLY)
     for name, variant in tqdm(list(itertools.product(args.models, variants)), desc="warm-up"):
         measure(name, variant, train_set[: len(train_set) // 10], device)
     orders = itertools.cycle(itertools.permutations(variants))

@@ -16,7 +16,6 @@ import plots
 import utils
 from model import MODELS, create_model
 
-CSV = common.ROOT / "benchmarks" / "accuracy.csv"
 WIDTH = 6.5  # inches, as in the notebook; the text stays legible on a phone
 PARAMETER_LIMIT = 8000  # of the course
 CONSTANT_COLOR = "#CC79A7"
@@ -181,11 +180,12 @@ def plot_model(axis, name, histories):
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # hides the line behind the text
     )
     if name in tables.PUBLISHED:
-        axis.plot(parameters, tables.PUBLISHED[name].test_acc, color=color, marker="x", markersize=9)
+        _, published = tables.PUBLISHED[name]
+        axis.plot(parameters, published, color=color, marker="x", markersize=9)
 
 
 def main():
-    runs = common.recorded_runs(CSV)
+    runs = common.recorded_runs()
     plot_steps(runs)
     for name in MODELS:
         plot_curves(name, runs)

@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-from typing import NamedTuple
 
 import common
 import epoch_time
@@ -34,19 +33,10 @@ MEASURES = {  # of a run, by the title of their column
     "last": lambda history: history.test_acc[-1],
     "min": common.lowest_of_last_epochs,
 }
-
-
-class Published(NamedTuple):
-    """The best accuracies of a published run, in percent."""
-
-    train_acc: float
-    test_acc: float
-
-
-PUBLISHED = {
-    "Model1": Published(train_acc=88.88, test_acc=98.53),
-    "Model2": Published(train_acc=99.50, test_acc=99.11),
-    "Model3": Published(train_acc=99.50, test_acc=99.28),
+PUBLISHED = {  # the best train and test accuracy of the published runs
+    "Model1": (88.88, 98.53),
+    "Model2": (99.50, 99.11),
+    "Model3": (99.50, 99.28),
 }
 STEPS = {  # from Model1 to Model4, one change at a time: the model and the schedule in accuracy.csv
     "Model1": ("Model1", "described"),
@@ -154,8 +144,8 @@ def schedules_table(name, runs):
     rows = list(zip(*columns, strict=True))
     if constant == described:
         rows = [["constant = described", *rows[0][1:]]]
-    published = PUBLISHED[name]
-    rows.append(["published", f"{published.train_acc:.2f}", f"{published.test_acc:.2f}", "", ""])
+    train_acc, test_acc = PUBLISHED[name]
+    rows.append(["published", f"{train_acc:.2f}", f"{test_acc:.2f}", "", ""])
     return markdown_table(" | ".join(["schedule", *MEASURES]), rows)
 
 
@@ -288,12 +278,6 @@ def epoch_time_table(rows):
 
     Only epochs with all images are included.
     """
-    variants = [
-        epoch_time.DATALOADER,
-        epoch_time.WORKERS,
-        epoch_time.REPOSITORY,
-        epoch_time.COMPUTE_ONLY,
-    ]
     lines = []
     rows = [row for row in rows if row["images"] == "60000"]
     for values, measured in group_by(rows, "model", "device", "threads", "busy").items():
@@ -303,7 +287,7 @@ def epoch_time_table(rows):
             machine += ", busy"
         cells = [model, machine]
         groups = group_by(measured, "variant")
-        for variant in variants:
+        for variant in epoch_time.VARIANTS:
             cell = ""
             if (variant,) in groups:
                 cell = f"{statistics.median(numbers(groups[variant,], 'seconds')):.1f}"
@@ -314,7 +298,7 @@ def epoch_time_table(rows):
                 cell = ratio_cell(groups[epoch_time.REPOSITORY,], groups[variant,])
             cells.append(cell)
         lines.append(cells)
-    header = f"model | machine | {' | '.join(variants)} | vs. DataLoader | vs. compute"
+    header = f"model | machine | {' | '.join(epoch_time.VARIANTS)} | vs. DataLoader | vs. compute"
     return markdown_table(header, lines)
 
 
