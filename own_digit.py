@@ -391,7 +391,8 @@ def predict(model, image):
 
 def plot_prediction(digit, probabilities):
     """Show the picture as it was read, the `Digit`, the network's input and `probabilities` `(10,)`."""
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(6.5, 5.5), layout="constrained")
+    axes = axes.flatten()
     for axis in axes[:3]:
         axis.set(xticks=[], yticks=[])
 
