@@ -21,14 +21,13 @@ from utils import MEAN, SIDE, STD
 
 WORKING_SIZE = 256  # longest side, in pixels, of the picture in which the digit is looked for
 BACKGROUND_WINDOW = 0.35  # side of the closing's square as a share of the picture's longest side
-THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest, tried in this order
+THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest; the last is the crop's, as in draw.html
 MIN_CONTRAST = 0.1  # darkest ink of a digit
 MAX_ASPECT = 2.5  # width over height of a digit
 SHADING = 0.2  # share of the darkest ink: fainter outlines are shading, fainter ink in a frame is soiling
 NEGLIGIBLE = 0.04  # sizes and gaps below this share do not count
-COMPARABLE = 0.3  # height of a second digit, or of what a frame encloses, as a share of the other's
+COMPARABLE = 0.3  # share of another's height (second digit, digit in a frame) or darkest ink (digit's parts)
 REACH = 0.2  # distance of a digit's parts as a share of its longest side
-FAINT = 0.3  # share of the darkest ink below which ink is outside of the crop, as in draw.html
 DIGIT_SIZE = 20  # longest side, in pixels, of the digit in an MNIST image
 STROKE = 0.15  # pixel of the network's input above which it belongs to a stroke
 STROKE_MEAN = 0.7  # mean of the pixels of strokes; its median in MNIST is 0.77
@@ -67,11 +66,21 @@ class Components(NamedTuple):
 class Candidate(NamedTuple):
     """What may be the digit: the component with the most energy at one threshold."""
 
+    ink: torch.Tensor  # (H, W), of the whole picture
     labels: torch.Tensor  # (H, W)
     components: Components
     is_frame: torch.Tensor  # (N,)
     main: int
     score: float
+
+    @property
+    def touches_border(self):
+        return bool(self.components.touching[self.main] > 0)
+
+    @property
+    def fills_picture(self):
+        """Whether the digit is as high or as wide as the picture's longest side, or nearly so."""
+        return bool(self.components.extent[self.main] > (1 - 2 * NEGLIGIBLE) * max(self.ink.shape))
 
 
 class Digit(NamedTuple):
@@ -207,7 +216,7 @@ def find_candidates(ink):
     A frame may be darker than pencil and remain alone at a high threshold, and it may be one component
     with the digit at a low one. So what it encloses is remembered, and candidates with its box are dropped.
     """
-    reach = max(1, round(NEGLIGIBLE * max(ink.shape) / 2))
+    reach = max(2, round(NEGLIGIBLE * max(ink.shape) / 2))  # at least 2: small pictures may be soft
     contrast = dilate(ink, reach) - erode(ink, reach)
     candidates = []
     inner_boxes = []
@@ -225,10 +234,10 @@ def find_candidates(ink):
         is_frame = find_frames(components, torch.cat(inner_boxes), torch.cat(inner_peaks))
         frame_boxes.append(components.box[is_frame])
         share_inside = 1 - components.touching / (components.height + components.width)
-        scores = components.energy * share_inside * (plausible & ~is_frame)
+        scores = components.energy * share_inside.clamp(min=0) * (plausible & ~is_frame)
         main = int(scores.argmax())
         if scores[main] > MIN_CONTRAST**2 * max(ink.shape):
-            candidates.append(Candidate(labels, components, is_frame, main, scores[main].item()))
+            candidates.append(Candidate(ink, labels, components, is_frame, main, scores[main].item()))
     frames = torch.cat(frame_boxes)
     return [candidate for candidate in candidates if not has_box_of_a_frame(candidate, frames)]
 
@@ -252,6 +261,18 @@ def has_box_of_a_frame(candidate, frames):
     return bool((distance < NEGLIGIBLE * components.extent[main]).any())
 
 
+def find_filling_candidates(picture):
+    """Return the `Candidate`s that fill the picture `(H, W)`, in both polarities.
+
+    The strokes of such a digit may be wider than the closing's square, so the background is constant.
+    """
+    candidates = []
+    for dark_on_light in (picture, 1 - picture):
+        ink = (dark_on_light.quantile(0.9) - dark_on_light).clamp(min=0)
+        candidates += [candidate for candidate in find_candidates(ink) if candidate.fills_picture]
+    return candidates
+
+
 def select_parts(candidate):
     """Return which components `(N,)` belong to the digit.
 
@@ -262,7 +283,7 @@ def select_parts(candidate):
     height = components.height
     reach = REACH * components.extent[main]
     is_part = components.area > NEGLIGIBLE * components.area[main]
-    is_part &= components.peak > FAINT * components.peak[main]
+    is_part &= components.peak > COMPARABLE * components.peak[main]
     is_part &= ~candidate.is_frame
     is_part[0] = False
     # What the border cuts and what juts out is a neighbor, or the table
@@ -286,7 +307,7 @@ def select_parts(candidate):
 
 def bounding_box(ink):
     """Return the top, bottom, left and right of the ink, without the fainter part of soft edges."""
-    is_ink = ink > FAINT * ink.max()
+    is_ink = ink > THRESHOLDS[-1] * ink.max()
     rows = is_ink.any(dim=1).nonzero()
     columns = is_ink.any(dim=0).nonzero()
     return rows[0].item(), rows[-1].item() + 1, columns[0].item(), columns[-1].item() + 1
@@ -303,13 +324,14 @@ def find_digit(image):
     small = picture
     if max(picture.shape) > WORKING_SIZE:
         small = resize(picture, WORKING_SIZE)
-    ink = extract_ink(small)
-    candidates = find_candidates(ink)
+    candidates = find_candidates(extract_ink(small))
+    if all(candidate.touches_border for candidate in candidates):
+        candidates += find_filling_candidates(small)
     if not candidates:
         raise ValueError("no digit found: give a picture of one digit that stands out from its background")
     best = max(candidates, key=lambda candidate: candidate.score)
     mask = select_parts(best)[best.labels]
-    ink = ink * dilate(mask.float())  # with the soft edges
+    ink = best.ink * dilate(mask.float())  # with the soft edges
     ink = ink / ink.max()
     top, bottom, left, right = bounding_box(ink)
     height, width = ink.shape
