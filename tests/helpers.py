@@ -1,21 +1,6 @@
 """Helpers that several test files share."""
 
-from typing import NamedTuple
-
 import torch
-
-
-class Widths(NamedTuple):
-    """The output channels of the blocks of a depthwise-separable network."""
-
-    before_pool: list
-    after_pool: list
-
-
-WIDTHS = {
-    "Model4": Widths([16, 16], [32, 32, 32, 32, 40]),
-    "Model5": Widths([16, 16], [24, 24, 24, 28]),
-}
 
 
 def assert_identical(one, two):

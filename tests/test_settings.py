@@ -7,8 +7,6 @@ import utils
 from model import MODELS
 
 VALID = dict(model="Model4", epochs=15, batch_size=None, seed=1, resume=False)
-TWENTY_DIGITS = 12345678901234567890
-PLATEAU_ARGS = dict(mode="min", factor=0.1, patience=10, threshold=1e-4, threshold_mode="abs")
 
 
 @pytest.mark.parametrize(
@@ -17,10 +15,9 @@ PLATEAU_ARGS = dict(mode="min", factor=0.1, patience=10, threshold=1e-4, thresho
         pytest.param("3", 15, 3, id="integer"),
         pytest.param("64", None, 64, id="integer instead of None"),
         pytest.param("True", False, True, id="bool"),
-        pytest.param("0", True, False, id="bool as a number"),
+        pytest.param("three", 15, "three", id="invalid"),
         pytest.param("5", "checkpoints", "5", id="text"),
-        pytest.param("", 15, 15, id="empty instead of an integer"),
-        pytest.param("", "checkpoints", "checkpoints", id="empty instead of text"),
+        pytest.param("", 15, 15, id="empty"),
         pytest.param(None, 15, 15, id="unset"),
     ],
 )
@@ -43,20 +40,13 @@ def test_valid_settings_are_accepted(change):
         ("epochs", 0),
         ("batch_size", 2.5),
         ("seed", -1),
-        ("seed", TWENTY_DIGITS),
+        ("seed", 10**9),
         ("resume", "yes"),
     ],
 )
-def test_invalid_assigned_setting_is_named(name, value):
+def test_invalid_setting_is_named(name, value):
     with pytest.raises(ValueError, match=f"^{name.upper()} is {value!r}: "):
         utils.check_settings(**(VALID | {name: value}))
-
-
-def test_invalid_setting_of_the_environment_is_named(monkeypatch):
-    monkeypatch.setenv("S7_EPOCHS", "three")
-    value = utils.setting("EPOCHS", 15)
-    with pytest.raises(ValueError, match="^EPOCHS is 'three': "):
-        utils.check_settings(**(VALID | dict(epochs=value)))
 
 
 def test_unknown_network_names_both_tables():
@@ -64,18 +54,11 @@ def test_unknown_network_names_both_tables():
         utils.check_settings(**(VALID | dict(model="Model6")))
 
 
-def test_every_model_has_a_recipe():
+def test_recipes_of_the_published_models_are_the_published_ones():
     assert list(utils.RECIPES) == list(MODELS)
-
-
-@pytest.mark.parametrize(
-    ("model", "scheduler", "scheduler_args"),
-    [
-        pytest.param("Model1", StepLR, dict(step_size=6, gamma=0.1), id="Model1"),
-        pytest.param("Model2", StepLR, dict(step_size=6, gamma=0.1), id="Model2"),
-        pytest.param("Model3", ReduceLROnPlateau, PLATEAU_ARGS, id="Model3"),
-    ],
-)
-def test_recipes_of_the_published_models_are_the_published_ones(model, scheduler, scheduler_args):
     sgd = dict(lr=0.01, momentum=0.9)
-    assert utils.RECIPES[model] == utils.Recipe(sgd, scheduler, scheduler_args, batch_size=128)
+    step = utils.Recipe(sgd, StepLR, dict(step_size=6, gamma=0.1), batch_size=128)
+    assert utils.RECIPES["Model1"] == step
+    assert utils.RECIPES["Model2"] == step
+    plateau_args = dict(mode="min", factor=0.1, patience=10, threshold=1e-4, threshold_mode="abs")
+    assert utils.RECIPES["Model3"] == utils.Recipe(sgd, ReduceLROnPlateau, plateau_args, batch_size=128)
