@@ -32,8 +32,10 @@ MODEL = "model = create_model(MODEL)"
 OPTIMIZER = "torch.optim.SGD(model.parameters(), **recipe.sgd)"
 SCHEDULER = "recipe.scheduler(optimizer, **recipe.scheduler_args)"
 TRAIN_LOADER = "BatchLoader(train_set, batch_size, device, shuffle=True, augmentation=recipe.augmentation)"
-TEST_LOADER = "BatchLoader(test_set, batch_size, device)"
 AUGMENTATION = "recipe.augmentation"
+OTHER_MODEL = "torch.optim.SGD(create_model(MODEL).parameters())"
+OTHER_OPTIMIZER = "torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters()), 1)"
+ROTATION = "utils.partial(recipe.augmentation, degrees=20)"
 FREEZE = {"optimizer = ": "model.block1.requires_grad_(False)\noptimizer = "}
 WITHOUT_STEP = {"    elif scheduler is not None:\n        scheduler.step()\n": ""}
 
@@ -73,7 +75,6 @@ def settings(small, tmp_path, monkeypatch):
     monkeypatch.setitem(utils.RECIPES, "Model4", replace(utils.RECIPES["Model4"], clean_epochs=1))
     monkeypatch.setenv("S7_EPOCHS", "2")
     monkeypatch.setenv("S7_BATCH_SIZE", "20")
-    monkeypatch.setattr(utils, "MEAN", utils.MEAN)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "__main__", sys.modules["__main__"])
         yield
@@ -122,6 +123,7 @@ class Own(nn.Module):
         return F.log_softmax(self.scale * self.layers(x), dim=1)
 """) | {MODEL: "model = Own()"}
 LOGITS = {MODEL: "model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))"}
+SMOOTH_LOSS = {LOSS: "nn.CrossEntropyLoss(label_smoothing=0.1)"}
 OWN_TRAIN = own("""
 def train(model, device, train_loader, optimizer, criterion):
     model.train()
@@ -133,13 +135,9 @@ def train(model, device, train_loader, optimizer, criterion):
     return loss.item(), 50
 """)
 OWN_AUGMENTATION = own("def shift(data):\n    return data.roll(1, 3)") | {AUGMENTATION: "shift"}
-DATA_LOADER = {
-    TRAIN_LOADER: "torch.utils.data.DataLoader(train_set, batch_size, shuffle=True)",
-    TEST_LOADER: "torch.utils.data.DataLoader(test_set, batch_size)",
-}
 RANDOM_SPLIT = own(
     "part, _ = torch.utils.data.random_split(train_set, [20, 20], torch.Generator().manual_seed(0))"
-) | {TRAIN_LOADER: "torch.utils.data.DataLoader(part, batch_size, shuffle=True)"}
+) | {TRAIN_LOADER: "torch.utils.data.DataLoader(part, 10, shuffle=True, generator=torch.Generator())"}
 TRANSFORM = own("""
 from torchvision import datasets, transforms
 transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.1, 0.3)])
@@ -150,15 +148,14 @@ WARM_UP = (
     " torch.optim.lr_scheduler.StepLR(optimizer, 1)], milestones=[1])"
 )
 COSINE = "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)"
-LAMBDA = "torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)"
 NUMPY_RATES = own("import numpy as np") | {
     SCHEDULER: "torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.exp(-epoch))"
 }
-ADAMW = "torch.optim.AdamW(model.parameters(), amsgrad=True)"
 TWO_GROUPS = (
-    "torch.optim.SGD([{'params': model.block1.parameters()},"
-    " {'params': model.logits.parameters(), 'lr': 0.01}], lr=0.1, momentum=0.9)"
+    "torch.optim.AdamW([{'params': model.block1.parameters()},"
+    " {'params': model.logits.parameters(), 'lr': 0.01}], amsgrad=True)"
 )
+ADAGRAD = "torch.optim.Adagrad(model.parameters())"
 NUMPY_RESULTS = own("import numpy as np") | {
     "run.record(train_loss, train_acc, test_loss, test_acc)": (
         "run.record(*np.float64([train_loss, train_acc, test_loss, test_acc]))"
@@ -170,26 +167,19 @@ NUMPY_RESULTS = own("import numpy as np") | {
     "edits",
     [
         pytest.param({}, id="unchanged"),
-        pytest.param({LOSS: "nn.NLLLoss()"}, id="NLLLoss"),
-        pytest.param({LOSS: "nn.CrossEntropyLoss(label_smoothing=0.1)"}, id="CrossEntropyLoss"),
-        pytest.param({LOSS: "lambda output, target: F.nll_loss(output, target)"}, id="lambda"),
         pytest.param(OWN_LOSS, id="own loss"),
-        pytest.param(LOGITS | {LOSS: "F.cross_entropy"}, id="logits with cross entropy"),
+        pytest.param(LOGITS | SMOOTH_LOSS, id="logits with cross entropy"),
         pytest.param({SCHEDULER: "None"}, id="no scheduler"),
         pytest.param({SCHEDULER: "ReduceLROnPlateau(optimizer, patience=0, threshold=9)"}, id="plateau"),
         pytest.param({SCHEDULER: WARM_UP}, id="SequentialLR"),
-        pytest.param({SCHEDULER: LAMBDA}, id="LambdaLR"),
         pytest.param(NUMPY_RATES, id="NumPy rates"),
-        pytest.param({OPTIMIZER: ADAMW}, id="AdamW"),
-        pytest.param({OPTIMIZER: "torch.optim.Adagrad(model.parameters())"}, id="state from the start"),
         pytest.param({OPTIMIZER: TWO_GROUPS}, id="two parameter groups"),
+        pytest.param({OPTIMIZER: ADAGRAD}, id="state from the start"),
         pytest.param(FREEZE, id="frozen layers"),
-        pytest.param(DATA_LOADER, id="DataLoader"),
         pytest.param(RANDOM_SPLIT, id="random_split"),
         pytest.param(TRANSFORM, id="torchvision data set"),
         pytest.param(OWN_AUGMENTATION, id="own augmentation"),
         pytest.param(OWN_NETWORK, id="own network"),
-        pytest.param(OWN_TRAIN, id="own train"),
         pytest.param(NUMPY_RESULTS, id="NumPy results"),
     ],
 )
@@ -229,53 +219,33 @@ def test_wrapped_network_is_the_one_inside(wrapper):
 # ---- a run is what is really trained ----
 
 
-LAMBDA_LOSS = {LOSS: "lambda output, target: 1 * F.nll_loss(output, target)"}
-SMOOTH_LOSS = {LOSS: "nn.CrossEntropyLoss(label_smoothing=0.1)"}
-ROTATION = "utils.partial(recipe.augmentation, degrees=20)"
-
-
 @pytest.mark.parametrize(
     ("saved", "change", "named"),
     [
         pytest.param(OWN_LOSS, {"WEIGHT * ": "WEIGHT + "}, "criterion: .* [*] .* [+] ", id="body of a loss"),
         pytest.param(OWN_LOSS, {"WEIGHT = 1": "WEIGHT = 2"}, "WEIGHT: checkpoint 1, current 2", id="global"),
-        pytest.param(LAMBDA_LOSS, {"1 * F": "2 * F"}, "criterion: .*1 [*].*2 [*]", id="lambda"),
         pytest.param(SMOOTH_LOSS, {"smoothing=0.1": "smoothing=0.2"}, "smoothing: .*0.1,.*0.2", id="option"),
-        pytest.param({}, {LOSS: "F.cross_entropy"}, "criterion: .*nll_loss,.*cross_entropy", id="loss"),
-        pytest.param(OWN_AUGMENTATION, {"(1, 3)": "(1, 2)"}, "augmentation: .* 3.* 2", id="own augmentation"),
         pytest.param({}, {AUGMENTATION: ROTATION}, "augmentation.*degrees: .* 10,.* 20", id="augmentation"),
         pytest.param({}, {"EPOCHS - recipe.clean_epochs": "2"}, "augmented_epochs: .* 1,.* 2", id="its end"),
         pytest.param(OWN_NETWORK, {"scale = 1": "scale = 2"}, "network.scale: .* 1,.* 2", id="attribute"),
         pytest.param(OWN_NETWORK, {"layers(x)": "layers(-x)"}, r"network.forward: .*\(-x\)", id="forward"),
+        pytest.param({}, {MODEL: "model = create_model('Model1')"}, "work: .*Model4,.*Model1", id="network"),
         pytest.param({}, FREEZE, "requires_grad=True,.*requires_grad=False", id="frozen layers"),
-        pytest.param(
-            {}, {MODEL: "model = create_model('Model1')"}, "network: .*Model4,.*Model1", id="network"
-        ),
         pytest.param({}, own("train_set.images[0] += 1"), "train_loader.dataset.images: ", id="images"),
-        pytest.param({}, own("train_set.labels[0] += 1"), "train_loader.dataset.labels: ", id="labels"),
         pytest.param({}, own("test_set.images[0] += 1"), "test_loader.dataset.images: ", id="test set"),
-        pytest.param({}, own("utils.MEAN = 0.5"), "train_loader.data: ", id="mean"),
         pytest.param({}, {"BATCH_SIZE or": "10 or"}, "batch_size: .* 20,.* 10", id="batch size"),
-        pytest.param({}, {"shuffle=True": "shuffle=False"}, "shuffle: .*True,.*False", id="order"),
-        pytest.param(
-            DATA_LOADER, {"size, shuffle": "size // 2, shuffle"}, "size: .* 20,.* 10", id="DataLoader"
-        ),
         pytest.param(TRANSFORM, {"(0.1,": "(0.2,"}, "transform.* 0.1,.* 0.2", id="transform"),
         pytest.param({}, {"**recipe.sgd": "lr=0.05"}, "group 1 lr: .* 0.1,.* 0.05", id="learning rate"),
-        pytest.param({}, {OPTIMIZER: ADAMW}, "optimizer: .*SGD,.*AdamW", id="optimizer"),
-        pytest.param({}, {SCHEDULER: COSINE}, "scheduler: .*StepLR,.*CosineAnnealingLR", id="scheduler"),
-        pytest.param({SCHEDULER: COSINE}, {"T_max=2": "T_max=4"}, "T_max: .* 2,.* 4", id="its length"),
-        pytest.param({SCHEDULER: LAMBDA}, {"0.5**": "0.7**"}, "lr_lambdas.*0.5.*0.7", id="its lambda"),
+        pytest.param({}, {OPTIMIZER: ADAGRAD}, "optimizer: .*SGD,.*Adagrad", id="optimizer"),
+        pytest.param({SCHEDULER: COSINE}, {"T_max=2": "T_max=4"}, "T_max: .* 2,.* 4", id="scheduler"),
+        pytest.param(NUMPY_RATES, {"(-epoch)": "(-2)"}, r"lr_lambdas.*\(-epoch.*\(-2", id="lambda"),
         pytest.param({}, {"    SEED,\n": "    2,\n"}, "seed: checkpoint 1, current 2", id="seed"),
     ],
 )
-def test_other_run_is_refused_by_name_in_one_short_line(saved, change, named, monkeypatch):
+def test_other_run_is_refused_by_name(saved, change, named, monkeypatch):
     train_one_epoch(saved, monkeypatch)
-    with pytest.raises(ValueError, match=f"different run .*{named}.*RESUME") as error:
+    with pytest.raises(ValueError, match=f"different run .*{named}.*RESUME"):
         resume(saved | change, monkeypatch)
-    message = str(error.value)
-    assert "\n" not in message
-    assert len(message) < 600
 
 
 @pytest.mark.parametrize(
@@ -320,67 +290,13 @@ def test_option_of_a_newer_pytorch_is_no_difference(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("edits", "error", "message"),
+    ("edits", "message"),
     [
-        pytest.param(LOGITS, ValueError, "negative.*log_softmax.*cross_entropy", id="logits with nll_loss"),
-        pytest.param(
-            {OPTIMIZER: OPTIMIZER.replace("model", "create_model(MODEL)")},
-            ValueError,
-            "optimizer has parameters that are not the model's",
-            id="parameters of another network",
-        ),
-        pytest.param(
-            {SCHEDULER: SCHEDULER.replace("optimizer,", "torch.optim.SGD(model.parameters()),")},
-            ValueError,
-            "scheduler belongs to another optimizer",
-            id="scheduler of another optimizer",
-        ),
-        pytest.param(
-            RANDOM_SPLIT | {TRAIN_LOADER: "BatchLoader(part, 20, device)"},
-            TypeError,
-            "BatchLoader needs a DigitSet, not Subset: .*DataLoader",
-            id="Subset without DataLoader",
-        ),
-        pytest.param(own("EPOCHS = 0"), ValueError, "EPOCHS is 0", id="no epochs, as papermill sets them"),
+        pytest.param(LOGITS, "negative.*log_softmax.*cross_entropy", id="logits with nll_loss"),
+        pytest.param({OPTIMIZER: OTHER_MODEL}, "optimizer has parameters .* not the model's", id="optimizer"),
+        pytest.param({SCHEDULER: OTHER_OPTIMIZER}, "belongs to another optimizer", id="scheduler"),
     ],
 )
-def test_edit_that_cannot_work_is_an_error_that_names_it(edits, error, message):
-    with pytest.raises(error, match=message):
+def test_edit_that_cannot_work_is_an_error_that_names_it(edits, message):
+    with pytest.raises(ValueError, match=message):
         Notebook(edits).train()
-
-
-# ---- the loop alone ----
-
-
-@pytest.mark.parametrize("batch", [pytest.param(2, id="first epoch"), pytest.param(5, id="second epoch")])
-def test_loop_continues_bit_identically_after_an_interruption(batch, monkeypatch, capsys):
-    """An epoch has two batches of training and one of the test; the loop is in a cell of its own."""
-    notebook = Notebook({})
-    before, loop = notebook.training.split("for epoch in")
-    loop = f"for epoch in{loop}"
-    notebook.run(before)
-    notebook.run(loop)
-    whole = utils.load_checkpoint(CHECKPOINT)
-    count = utils.GetCorrectPredCount
-    calls = []
-
-    def interrupt(pred, target):
-        calls.append(target)
-        if len(calls) == batch:
-            raise KeyboardInterrupt
-        return count(pred, target)
-
-    notebook.run(before)
-    monkeypatch.setattr(utils, "GetCorrectPredCount", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        notebook.run(loop)
-    notebook.run(loop)
-    assert f"Back to the state after epoch {batch // 4}\n" in capsys.readouterr().out
-    assert_identical(utils.load_checkpoint(CHECKPOINT), whole)
-
-
-def test_new_run_without_a_scheduler_keeps_the_finished_one():
-    Notebook({}).train()
-    finished = utils.load_checkpoint(CHECKPOINT)
-    Notebook({SCHEDULER: "None"}).train()
-    assert_identical(utils.load_checkpoint("checkpoints/Model4-seed1.previous-1.pt"), finished)
