@@ -550,7 +550,8 @@ class Run:
             self.augmented_epochs = None
         else:
             trained["augmented_epochs"] = self.augmented_epochs
-            data += f", {brief(augmentation)} until epoch {self.augmented_epochs}"
+            if self.augmented_epochs != 0:
+                data += f", {brief(augmentation)} until epoch {self.augmented_epochs}"
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.title = f"{type(self.model).__name__} on {data_name}"
         self.summary = (

@@ -332,6 +332,7 @@ def create_tables():
         "search": search_table(common.read_rows(FOLDER / "search.csv")),
         "dropout ablation": dropout_table(common.read_rows(FOLDER / "dropout_ablation.csv")),
         "own digits": columns_table(common.read_rows(FOLDER / "own_digits.csv"), hidden=["model"]),
+        "real digits": columns_table(common.read_rows(FOLDER / "real_digits.csv"), hidden=["model", "seed"]),
         "drawing field": columns_table(common.read_rows(FOLDER / "drawing.csv"), hidden=[]),
         "epoch time": epoch_time_table(common.read_rows(FOLDER / "epoch_time.csv")),
         "exercises": columns_table(common.read_rows(FOLDER / "exercises.csv"), hidden=["seed"]),

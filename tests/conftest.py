@@ -4,11 +4,13 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import matplotlib
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,12 +49,14 @@ def isolation(monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def figures(monkeypatch):
-    """Collect the displayed figures, as a list of `Shown`."""
+    """Show figures as in a notebook, and collect them as a list of `Shown`."""
+    shell = SimpleNamespace(display_formatter=DisplayFormatter())
     shown = []
 
     def display(figure, metadata):
         shown.append(Shown(figure, metadata))
 
+    monkeypatch.setattr("plots.get_ipython", lambda: shell)
     monkeypatch.setattr("plots.display", display)
     return shown
 
