@@ -3,7 +3,10 @@
 A plot is a function that ends in `show_figure`.
 """
 
+import ast
 import copy
+import inspect
+import linecache
 import os
 import statistics
 from functools import partial
@@ -26,8 +29,20 @@ TARGET_ACCURACY = 99.4  # percent, of the course
 LAST_EPOCHS = 5  # of a run, to which the target applies: our reading of the course's "last few"
 
 #############################################
-#                The layers                 #
+#          Source code and layers           #
 #############################################
+
+
+def show_source(item):
+    """Print the source of a function or class, which may be defined in a file or in a cell."""
+    if inspect.isclass(item) and item.__module__ == "__main__":  # `inspect` finds classes in files only
+        method = next(part for part in vars(item).values() if inspect.isfunction(part))
+        cell = "".join(linecache.getlines(inspect.getsourcefile(method)))
+        for node in ast.walk(ast.parse(cell)):
+            if isinstance(node, ast.ClassDef) and node.name == item.__name__:
+                print(ast.get_source_segment(cell, node))
+        return
+    print(inspect.getsource(item))
 
 
 class Layer(NamedTuple):

@@ -197,6 +197,12 @@ def test_own_train_is_used_and_shown(capsys):
     assert notebook["run"].history.train_acc == [50, 50]
 
 
+def test_class_of_a_cell_is_shown(capsys):
+    mine = "class Mine(nn.Linear):\n    def forward(self, x):\n        return x"
+    Notebook({}).run(f"{mine}\n\n\nshow_source(Mine)")
+    assert capsys.readouterr().out.endswith(f"\n{mine}\n")
+
+
 @pytest.mark.parametrize("wrapper", ["torch.compile(model, backend='eager')", "nn.DataParallel(model)"])
 def test_wrapped_network_is_the_one_inside(wrapper):
     Notebook({}).train()
