@@ -1,27 +1,15 @@
 """Layer tables, plots and reports: the computed and plotted values, not just that plotting succeeds."""
 
-from types import SimpleNamespace
-
 import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
-from IPython.core.formatters import DisplayFormatter
 from matplotlib.colors import to_rgb
 from torch import nn
 
 import plots
 import utils
 from model import create_model
-
-
-@pytest.fixture(autouse=True)
-def notebook(monkeypatch):
-    """Show figures as in a notebook; return its shell."""
-    shell = SimpleNamespace(display_formatter=DisplayFormatter())
-    monkeypatch.setattr(plots, "get_ipython", lambda: shell)
-    return shell
-
 
 # ---- layers of a model ----
 
@@ -111,14 +99,14 @@ def shown_images(axes):
     return torch.stack([torch.tensor(axis.images[0].get_array()) for axis in axes if axis.images])
 
 
-def test_figure_is_displayed_as_png_with_alternative_text_and_closed(figures, notebook, capsys):
+def test_figure_is_displayed_as_png_with_alternative_text_and_closed(figures, capsys):
     """With MPLBACKEND=agg, a kernel would show the text of a figure instead of a picture."""
     figure, _ = plt.subplots()
     plots.show_figure(figure, "name", "a description")
     assert figures[0].figure is figure
     assert figures[0].metadata == {"image/png": {"alt": "a description"}}
     assert not plt.fignum_exists(figure.number)
-    assert "image/png" in notebook.display_formatter.format(figure)[0]
+    assert "image/png" in plots.get_ipython().display_formatter.format(figure)[0]
     assert capsys.readouterr().out == ""
 
 

@@ -22,7 +22,7 @@ def test_linked_files_exist(path):
     links = re.findall(r"\]\(([^)#:]+)[^)]*\)", page)
     links += re.findall(r'src="([^"]+)"', page)
     for link in links:
-        assert (path.parent / link).exists(), link
+        assert link == "https" or (path.parent / link).exists(), link
 
 
 def test_five_seeds_of_15_epochs_are_recorded():
