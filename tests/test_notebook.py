@@ -303,6 +303,7 @@ def environment_of_user():
     for name, value in os.environ.items():
         if not name.startswith("S7_") and name.lower() not in PROXY_VARIABLES:
             environment[name] = value
+    environment["PYTHONIOENCODING"] = "utf-8"  # the C locale cannot print ×
     return environment | {"S7_EPOCHS": "1", "S7_STANDIN": "1", "MPLBACKEND": "agg"}
 
 
