@@ -590,7 +590,7 @@ class Run:
         """
         print(f"EPOCH: {epoch}")
         self._is_in_epoch = True
-        self.model.train()  # in case that the loop's own `train` does not
+        self.model.train()  # a user's own `train` may not do it
         seed = 1000 * self.seed + epoch
         torch.manual_seed(seed)
         generator = getattr(self.train_loader, "generator", None)  # of a DataLoader
@@ -749,7 +749,7 @@ def dissect(value):
 
 
 def attributes_of(value):
-    """Return the attributes of an object, and the methods of a class that is defined in a cell."""
+    """Return the attributes of an object, and the methods of a class of the user's own."""
     parts = {}
     for name, part in vars(value).items():
         parts[name] = part
