@@ -8,28 +8,18 @@ with BatchNorm in evaluation mode. Writes `dropout_ablation.csv`, one row per se
 
 import common
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import utils
 
-CSV = common.ROOT / "benchmarks" / "dropout_ablation.csv"
-BATCH_SIZE = 500
-LAST_BLOCK = ["convblock7"]  # its dropout acts on the logits
-OTHER_BLOCKS = ["convblock1", "convblock2", "convblock4", "convblock5", "convblock6"]
-SETTINGS = {  # blocks with active dropout, which is the last layer of each
-    "no dropout": [],
-    "dropout in blocks 1 to 6": OTHER_BLOCKS,
-    "dropout in block 7, on the logits": LAST_BLOCK,
-    "all dropout, as in training": OTHER_BLOCKS + LAST_BLOCK,
-}
-
 
 @torch.no_grad()
-def measure_accuracy(model, blocks, loader):
-    """Return the accuracy of a model in percent, with the dropout of some blocks active."""
+def measure_accuracy(model, dropouts, loader):
+    """Return the accuracy of a model in percent, with some dropout layers active."""
     model.eval()
-    for name in blocks:
-        model.get_submodule(name)[-1].train()
+    for dropout in dropouts:
+        dropout.train()
     correct = 0
     for data, target in loader:
         correct += utils.GetCorrectPredCount(model(data), target).item()
@@ -38,16 +28,23 @@ def measure_accuracy(model, blocks, loader):
 
 def main():
     train_set, _ = utils.load_data(standin=False)
-    loader = utils.BatchLoader(train_set, BATCH_SIZE, "cpu")
+    loader = utils.BatchLoader(train_set, 500, "cpu")
     rows = []
     for seed in tqdm(common.SEEDS, desc="seeds"):
         _, model = common.load_model(common.checkpoint_path(f"accuracy-Model1-described-{seed}"))
-        for setting, blocks in SETTINGS.items():
+        dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+        settings = {
+            "no dropout": [],
+            "dropout in blocks 1 to 6": dropouts[:-1],
+            "dropout in block 7, on the logits": dropouts[-1:],
+            "all dropout, as in training": dropouts,
+        }
+        for setting, active in settings.items():
             torch.manual_seed(seed)
-            accuracy = measure_accuracy(model, blocks, loader)
+            accuracy = measure_accuracy(model, active, loader)
             row = {"dropout": setting, "seed": seed, "train_acc": f"{accuracy:.3f}"}
             rows.append(row | common.machine_columns("cpu"))
-    common.write_rows(rows, CSV)
+    common.write_rows(rows, common.ROOT / "benchmarks" / "dropout_ablation.csv")
 
 
 if __name__ == "__main__":
