@@ -4,9 +4,9 @@
 
 Test images are enlarged to the size of the field and become its ink. The page then does what it does while
 a user draws: it crops, scales and centers the drawing, runs the network and shows the prediction. The script
-writes drawing.csv, one row per checkpoint: the accuracy in the field and on the original images, the largest
-difference from PyTorch's probabilities, and the median time of a prediction. images/drawing.png shows a
-digit drawn by mouse, for the first checkpoint; it is 1,440 pixels wide, for display at 720.
+writes one row to drawing.csv: the accuracy in the field and on the original images, the largest difference
+from PyTorch's probabilities, and the median time of a prediction. images/drawing.png shows a digit drawn by
+mouse; it is 1,440 pixels wide, for display at 720.
 
 Needs Playwright (`pip install playwright`) and an installed Chromium or Chrome.
 """
@@ -122,19 +122,14 @@ def draw_screenshot(browser, model, name):
     page.close()
 
 
-def main(paths, test_set):
-    """Measure the checkpoints at `paths`, and write the CSV file and the screenshot."""
-    rows = []
+def main():
+    name, model = common.load_model(sys.argv[1])
+    _, test_set = utils.load_data(standin=False)
     with running_browser() as browser:
-        for path in paths:
-            name, model = common.load_model(path)
-            rows.append(measure(browser, model, name, test_set))
-            print(rows[-1])
-            if path == paths[0]:
-                draw_screenshot(browser, model, name)
-    common.write_rows(rows, common.ROOT / "benchmarks" / "drawing.csv")
+        row = measure(browser, model, name, test_set[:IMAGES])
+        draw_screenshot(browser, model, name)
+    common.write_rows([row], common.ROOT / "benchmarks" / "drawing.csv")
 
 
 if __name__ == "__main__":
-    _, mnist = utils.load_data(standin=False)
-    main(sys.argv[1:], mnist[:IMAGES])
+    main()
