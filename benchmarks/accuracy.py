@@ -37,7 +37,7 @@ for model_name in MODELS:
     EXPERIMENTS[model_name, "described"] = (MODELS[model_name], RECIPES[model_name])
 
 
-def train_and_describe(name, schedule, seed, train_set, test_set, epochs=common.EPOCHS):
+def train_and_describe(name, schedule, seed, data):
     """Train one model with one seed; return the rows of accuracy.csv, one per epoch."""
     device = utils.choose_device()
     create, recipe = EXPERIMENTS[name, schedule]
@@ -46,11 +46,9 @@ def train_and_describe(name, schedule, seed, train_set, test_set, epochs=common.
     optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
     scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
     checkpoint = f"accuracy-{name}-{schedule}-{seed}"
-    history = common.train_model(
-        checkpoint, model, optimizer, scheduler, recipe, train_set, test_set, epochs, seed
-    )
+    history = common.train_model(checkpoint, model, optimizer, scheduler, recipe, data, common.EPOCHS, seed)
     rows = []
-    for index in range(epochs):
+    for index in range(common.EPOCHS):
         row = {"model": name, "schedule": schedule, "seed": seed, "epoch": index + 1}
         for column, field in common.ACCURACY_COLUMNS.items():
             row[column] = round(getattr(history, field)[index], 6)
@@ -63,14 +61,13 @@ def main():
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=common.SEEDS)
     args = parser.parse_args()
-    train_set, test_set = utils.load_data(standin=False)
+    data = utils.load_data(standin=False)
     device = common.machine_columns(utils.choose_device())["device"]
     for seed in args.seeds:
         for name, schedule in tqdm(EXPERIMENTS, desc=f"seed {seed}"):
             columns = {"model": name, "schedule": schedule, "seed": str(seed), "device": device}
             if name in args.models and not common.is_recorded(columns, CSV):
-                rows = train_and_describe(name, schedule, seed, train_set, test_set)
-                common.append_rows(rows, CSV)
+                common.append_rows(train_and_describe(name, schedule, seed, data), CSV)
 
 
 if __name__ == "__main__":

@@ -48,26 +48,15 @@ def checkpoint_path(name):
     return Path(os.environ.get("S7_CHECKPOINTS") or "checkpoints") / f"{name}.pt"
 
 
-def train_model(
-    name,
-    model,
-    optimizer,
-    scheduler,
-    recipe,
-    train_set,
-    test_set,
-    epochs,
-    seed,
-    criterion=F.nll_loss,
-    step_per_epoch=True,
-):
+def train_model(name, model, optimizer, scheduler, recipe, data, epochs, seed, criterion=F.nll_loss):
     """Train as the notebook does; return the `History`.
 
-    The recipe gives the batch size and the augmentation. With `step_per_epoch=False` the scheduler is not
-    stepped here, because a hook of the optimizer does it after every batch. An interrupted run is resumed
-    from the checkpoint `name`. Raise ValueError if that is the checkpoint of a different run.
+    The recipe gives the batch size and the augmentation, and `data` is the training and the test set. An
+    interrupted run is resumed from the checkpoint `name`. Raise ValueError if that is the checkpoint of a
+    different run.
     """
     device = next(model.parameters()).device
+    train_set, test_set = data
     train_loader = utils.BatchLoader(
         train_set, recipe.batch_size, device, shuffle=True, augmentation=recipe.augmentation
     )
@@ -93,7 +82,7 @@ def train_model(
         test_loss, test_acc = utils.test(model, device, test_loader, criterion)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(test_loss)
-        elif step_per_epoch:
+        elif scheduler.last_epoch < epoch:  # a hook of the optimizer may have stepped it after every batch
             scheduler.step()
         run.record(train_loss, train_acc, test_loss, test_acc)
     return run.history
@@ -153,7 +142,7 @@ def write_rows(rows, path):
 # ---- recorded runs ----
 
 
-def recorded_runs(path=ROOT / "benchmarks" / "accuracy.csv"):
+def recorded_runs():
     """Return the runs on a CPU that accuracy.csv contains.
 
     They are a dictionary from (model, schedule) to a dictionary from seed, in ascending order, to
@@ -161,7 +150,8 @@ def recorded_runs(path=ROOT / "benchmarks" / "accuracy.csv"):
     are bit-identical to runs of both models at a constant rate, and are returned under those keys too.
     """
     runs = {}
-    for row in sorted(read_rows(path), key=lambda row: int(row["seed"])):
+    rows = read_rows(ROOT / "benchmarks" / "accuracy.csv")
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
         if row["device"] == "CPU":
             histories = runs.setdefault((row["model"], row["schedule"]), {})
             history = histories.setdefault(int(row["seed"]), utils.History())

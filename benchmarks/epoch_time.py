@@ -1,29 +1,22 @@
 """Seconds per training epoch: a DataLoader, this repository, and compute only (the lower bound).
 
-    python benchmarks/epoch_time.py                       Models 3 and 4; results are added to epoch_time.csv
-    python benchmarks/epoch_time.py --threads 1           the same with one thread
-    python benchmarks/epoch_time.py --busy                the same beside a busy process, without compute only
-    python benchmarks/epoch_time.py --models Model4 --tenth         the same with a tenth of the data
+    python benchmarks/epoch_time.py             five rounds of Models 3 and 4, added to epoch_time.csv
+    python benchmarks/epoch_time.py --busy      the same beside a busy process, without compute only
+    python benchmarks/epoch_time.py --tenth     the same with a tenth of the data
 
-The variants of an epoch:
-
-- DataLoader: torchvision's MNIST with per-image transforms, in the same training loop
-- DataLoader, 4 workers: the same with four worker processes (measured on a GPU only)
-- this repository: `utils.train` with this repository's loader
-- compute only: forward, loss, backward and optimizer step on precomputed batches
-
-Every variant is first run once on a tenth of the data, so that one-time costs are not included. A round
-measures the variants of a model one after another, each round in another order, and adds a row for each to
-the file; rounds of several calls are evaluated together, so remove the rows of another machine first.
-Nothing else should run on the machine. GOMP_SPINCOUNT can be set to compare its values (see common.py).
+README.md in this folder describes the variants. Each is first run once on a tenth of the data, so that
+one-time costs are not included. A round measures the variants of a model one after another, in random
+order, and adds a row for each to the file; rounds of several calls are evaluated together, so remove the
+rows of another machine first. Nothing else should run on the machine. The environment variables
+OMP_NUM_THREADS and GOMP_SPINCOUNT (see common.py) can be set to compare their values.
 """
 
 import argparse
 import atexit
 import contextlib
 import io
-import itertools
 import os
+import random
 import subprocess
 import sys
 import time
@@ -37,31 +30,29 @@ from torchvision import datasets, transforms
 from tqdm import tqdm
 
 import utils
-from model import MODELS, create_model
+from model import create_model
 
 CSV = common.ROOT / "benchmarks" / "epoch_time.csv"
+MODELS = ("Model3", "Model4")
+ROUNDS = 5
 DATALOADER = "DataLoader"
 WORKERS = "DataLoader, 4 workers"
 REPOSITORY = "this repository"
 COMPUTE_ONLY = "compute only"
-VARIANTS = [DATALOADER, WORKERS, REPOSITORY, COMPUTE_ONLY]
+BASELINES = [DATALOADER, WORKERS, COMPUTE_ONLY]
 
 
 def create_loader(variant, recipe, train_set, device):
-    """Return the batches of a variant, with the recipe's augmentation unless it is compute only."""
-    if variant == DATALOADER:
-        return standard_loader(recipe, len(train_set), device, workers=0)
-    if variant == WORKERS:
-        return standard_loader(recipe, len(train_set), device, workers=4)
+    """Return the batches of a variant, with the recipe's augmentation unless it is compute only.
+
+    A DataLoader reads the same number of images from torchvision's MNIST, as most MNIST examples do.
+    """
     if variant == COMPUTE_ONLY:
         return list(utils.BatchLoader(train_set, recipe.batch_size, device))
-    return utils.BatchLoader(
-        train_set, recipe.batch_size, device, shuffle=True, augmentation=recipe.augmentation
-    )
-
-
-def standard_loader(recipe, count, device, workers):
-    """Return a DataLoader of the first `count` training images, as in most MNIST examples."""
+    if variant == REPOSITORY:
+        return utils.BatchLoader(
+            train_set, recipe.batch_size, device, shuffle=True, augmentation=recipe.augmentation
+        )
     steps = [transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,))]
     if recipe.augmentation is not None:
         amounts = recipe.augmentation.keywords
@@ -70,8 +61,11 @@ def standard_loader(recipe, count, device, workers):
         steps.insert(0, transforms.RandomAffine(amounts["degrees"], (shift, shift), (1 - scale, 1 + scale)))
     root = Path(os.environ.get("MNIST_ROOT") or "./data").expanduser()
     dataset = datasets.MNIST(root, transform=transforms.Compose(steps))
-    dataset.data = dataset.data[:count]
-    dataset.targets = dataset.targets[:count]
+    dataset.data = dataset.data[: len(train_set)]
+    dataset.targets = dataset.targets[: len(train_set)]
+    workers = 0
+    if variant == WORKERS:
+        workers = 4
     return DataLoader(
         dataset, recipe.batch_size, shuffle=True, num_workers=workers, pin_memory=device == "cuda"
     )
@@ -109,18 +103,15 @@ def measure(name, variant, train_set, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["Model3", "Model4"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--busy", action="store_true", help="measure beside one busy process")
     parser.add_argument("--tenth", action="store_true", help="use a tenth of the data")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     device = utils.choose_device()
     train_set, _ = utils.load_data(standin=False)
+    tenth = train_set[: len(train_set) // 10]
     if args.tenth:
-        train_set = train_set[: len(train_set) // 10]
-    variants = list(VARIANTS)
+        train_set = tenth
+    variants = [REPOSITORY, *BASELINES]
     if device == "cpu":
         variants.remove(WORKERS)
     if args.busy:
@@ -128,14 +119,14 @@ def main():
         process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
         atexit.register(process.kill)
         variants.remove(COMPUTE_ONLY)
-    for name, variant in tqdm(list(itertools.product(args.models, variants)), desc="warm-up"):
-        measure(name, variant, train_set[: len(train_set) // 10], device)
-    orders = itertools.cycle(itertools.permutations(variants))
-    for _ in tqdm(range(args.rounds), desc="rounds"):
-        order = next(orders)
-        for name in args.models:
+    for name in tqdm(MODELS, desc="warm-up"):
+        for variant in variants:
+            measure(name, variant, tenth, device)
+    for _ in tqdm(range(ROUNDS), desc="rounds"):
+        random.shuffle(variants)
+        for name in MODELS:
             rows = []
-            for variant in order:
+            for variant in variants:
                 row = {
                     "model": name,
                     "busy": int(args.busy),

@@ -22,8 +22,9 @@ PER_BATCH = "OneCycleLR, stepped per batch"
 PER_EPOCH = "OneCycleLR made for batches, stepped per epoch"
 
 
-def measure(variant, train_set, test_set, epochs=common.EPOCHS):
+def measure(variant, data, epochs):
     """Train Model4 with one change, as the exercise says; return the row of exercises.csv."""
+    train_set, _ = data
     recipe = utils.RECIPES["Model4"]
     torch.manual_seed(SEED)
     model = Model4()
@@ -36,18 +37,8 @@ def measure(variant, train_set, test_set, epochs=common.EPOCHS):
         scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=epochs * batches)
     if variant == PER_BATCH:
         optimizer.register_step_post_hook(lambda *args: scheduler.step())
-    history = common.train_model(
-        f"exercises-{variant}-{train_set.name}".replace(" ", "-"),
-        model,
-        optimizer,
-        scheduler,
-        recipe,
-        train_set,
-        test_set,
-        epochs,
-        SEED,
-        step_per_epoch=variant != PER_BATCH,
-    )
+    name = f"exercises-{variant}-{train_set.name}".replace(" ", "-")
+    history = common.train_model(name, model, optimizer, scheduler, recipe, data, epochs, SEED)
     return {
         "variant": variant,
         "data": train_set.name,
@@ -63,13 +54,10 @@ def measure(variant, train_set, test_set, epochs=common.EPOCHS):
 def main():
     mnist = utils.load_data(standin=False)
     standin = (utils.draw_standin(train=True), utils.draw_standin(train=False))
-    for variant, data, epochs in (
-        (PER_BATCH, standin, 2),
-        (PER_EPOCH, standin, 2),
-        (ADAMW, mnist, common.EPOCHS),
-    ):
+    runs = [(ADAMW, mnist, common.EPOCHS), (PER_BATCH, standin, 2), (PER_EPOCH, standin, 2)]
+    for variant, data, epochs in runs:
         if not common.is_recorded({"variant": variant}, CSV):
-            common.append_rows([measure(variant, *data, epochs)], CSV)
+            common.append_rows([measure(variant, data, epochs)], CSV)
 
 
 if __name__ == "__main__":

@@ -194,15 +194,16 @@ def identity(configuration, seed):
     }
 
 
-def train_configuration(configuration, seed, train_set, validation_set, epochs):
+def train_configuration(configuration, seed, data):
     """Train one configuration with one seed, and its teacher first; return the network and the `History`."""
     changes = configuration.changes
     if "teacher" in changes:
-        teacher, _ = train_configuration(TEACHER, seed, train_set, validation_set, epochs)
+        teacher, _ = train_configuration(TEACHER, seed, data)
     recipe = changed_recipe(changes)
     torch.manual_seed(seed)
     network = Candidate(configuration.before, configuration.after).to(utils.choose_device())
     optimizer = torch.optim.SGD(network.parameters(), **recipe.sgd)
+    scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
     model = network
     criterion = F.nll_loss
     if "ema" in changes:
@@ -211,23 +212,14 @@ def train_configuration(configuration, seed, train_set, validation_set, epochs):
         criterion = TeacherLoss(network, teacher, changes["temperature"])
     name = re.sub("[^A-Za-z0-9.]+", "-", " ".join(identity(configuration, seed).values()))
     history = common.train_model(
-        f"search-{name}",
-        model,
-        optimizer,
-        recipe.scheduler(optimizer, **recipe.scheduler_args),
-        recipe,
-        train_set,
-        validation_set,
-        epochs,
-        seed,
-        criterion,
+        f"search-{name}", model, optimizer, scheduler, recipe, data, common.EPOCHS, seed, criterion
     )
     return network, history
 
 
-def train_and_describe(configuration, seed, train_set, validation_set, epochs=common.EPOCHS):
+def train_and_describe(configuration, seed, data):
     """Train one configuration with one seed; return its row of search.csv."""
-    network, history = train_configuration(configuration, seed, train_set, validation_set, epochs)
+    network, history = train_configuration(configuration, seed, data)
     return {
         **identity(configuration, seed),
         "parameters": common.count_parameters(network),
@@ -245,14 +237,14 @@ def main():
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", nargs="+", type=int, default=common.SEEDS)
     args = parser.parse_args()
-    train_set, validation_set = utils.split(utils.load_data(standin=False)[0])
+    train_set, _ = utils.load_data(standin=False)
+    data = utils.split(train_set)
     for configuration in tqdm(CONFIGURATIONS, desc="configurations"):
         for seed in configuration.seeds:
             columns = identity(configuration, seed)
             wanted = seed in args.seeds and args.only in " ".join(columns.values())
             if wanted and not common.is_recorded(columns, CSV):
-                row = train_and_describe(configuration, seed, train_set, validation_set)
-                common.append_rows([row], CSV)
+                common.append_rows([train_and_describe(configuration, seed, data)], CSV)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Generate the tables of README.md and benchmarks/README.md from the CSV files of this folder.
 
-    python benchmarks/tables.py --write     update both files
-    python benchmarks/tables.py --check     fail if a table is stale, and name it
+    python benchmarks/tables.py
 
 A table is between the lines `<!-- table: NAME -->` and `<!-- /table -->`. `create_tables` lists the
 names. Accuracies are in percent; the titles are short, so that the tables fit a phone: "size" is the number
@@ -10,10 +9,9 @@ of parameters, "min" the lowest of the last epochs, "from" the epoch from which 
 standard error.
 """
 
-import argparse
 import json
 import statistics
-import sys
+from itertools import groupby
 
 import common
 import epoch_time
@@ -26,6 +24,7 @@ FOLDER = common.ROOT / "benchmarks"
 PAGES = [common.ROOT / "README.md", FOLDER / "README.md"]
 START = "<!-- table: "
 END = "<!-- /table -->"
+HIDDEN = ("model", "seed", "device", "threads", "torch")  # columns that are the same in all rows of a file
 MEAN = f"mean, last {plots.LAST_EPOCHS}"  # the title of a column
 MEASURES = {  # of a run, by the title of their column
     "train, best": lambda history: max(history.train_acc),
@@ -99,19 +98,15 @@ def gain_cell(differences):
     return cell
 
 
-def epoch_of_target(histories):
-    """Return the epoch from which every run has at least 99.4 % test accuracy, or "never"."""
-    epochs = [plots.first_epoch_above(history.test_acc) for history in histories]
-    if None in epochs:
-        return "never"
-    return max(epochs)
-
-
 def result_cells(histories):
-    """Return the cells about the last epochs of some runs: mean, lowest, and `epoch_of_target`."""
+    """Return cells about the last epochs of some runs: mean, lowest, and where all runs stay above 99.4 %."""
     mean = mean_and_deviation(list(map(common.mean_of_last_epochs, histories)))
     lowest = min(map(common.lowest_of_last_epochs, histories))
-    return [mean, f"{lowest:.2f}", epoch_of_target(histories)]
+    epochs = [plots.first_epoch_above(history.test_acc) for history in histories]
+    first = "never"
+    if None not in epochs:
+        first = max(epochs)
+    return [mean, f"{lowest:.2f}", first]
 
 
 # ---- tables from accuracy.csv ----
@@ -162,18 +157,14 @@ def seeds_table(name, runs):
 
 
 def steps_table(titles, steps, runs, baseline=None):
-    """Return the results of each step, and its gain over `baseline`, by default over the step before.
-
-    A step that is not recorded is left out.
-    """
+    """Return the results of each step, and its gain over `baseline`, by default over the step before."""
     rows = []
     before = {}
     for change, key in steps.items():
-        histories = runs.get(key, {})
-        if histories:
-            mean, lowest, _ = result_cells(histories.values())
-            differences = paired_differences(common.mean_of_last_epochs, histories, before)
-            rows.append([change, mean, lowest, gain_cell(differences)])
+        histories = runs[key]
+        mean, lowest, _ = result_cells(histories.values())
+        differences = paired_differences(common.mean_of_last_epochs, histories, before)
+        rows.append([change, mean, lowest, gain_cell(differences)])
         before = runs.get(baseline, histories)
     first, last = titles
     return markdown_table(f"{first} | {MEAN} | min | {last}", rows)
@@ -196,18 +187,17 @@ def numbers(rows, column):
     return [float(row[column]) for row in rows]
 
 
-def design_table(name):
-    """Return how the receptive field of a network grows from block to block, and where its parameters are.
+def design_table():
+    """Return how the receptive field of Model4 grows from block to block, and where its parameters are.
 
     A block is described by the kernel of its largest layer; its other layers do not change the field. A jump
     is the distance of neighboring values before the block, in pixels of the image.
     """
-    blocks = {}
-    for layer in plots.layer_table(create_model(name)):
-        blocks.setdefault(layer.name.split(".")[0], []).append(layer)
     rows = []
     jump = 1
-    for block, layers in blocks.items():
+    table = plots.layer_table(create_model("Model4"))
+    for block, group in groupby(table, lambda layer: layer.name.split(".")[0]):
+        layers = list(group)
         largest = max(layers, key=lambda layer: layer.kernel)
         output = "×".join(map(str, layers[-1].output))
         field = layers[-1].receptive_field
@@ -247,24 +237,6 @@ def recipe_text(changes):
     return ", ".join(parts) or "base"
 
 
-def print_search_gain(configuration, baseline):
-    """Print the gain of one configuration of the search over another, in validation accuracy.
-
-    For example, of the average of Model5's weights:
-
-        none = search.Configuration(*search.MODEL5, {"clean_epochs": 6})
-        ema = search.Configuration(*search.MODEL5, {"clean_epochs": 6, "ema": 0.998})
-        tables.print_search_gain(ema, none)
-    """
-    groups = group_by(common.read_rows(search.CSV), "before", "after", "changes")
-    means = []
-    for item in (configuration, baseline):
-        before, after, changes, _ = search.identity(item, seed=1).values()
-        rows = groups[before, after, changes]
-        means.append(dict(zip(numbers(rows, "seed"), numbers(rows, "mean_last_five"), strict=True)))
-    print(gain_cell(paired_differences(float, *means)))
-
-
 def dropout_table(rows):
     """Return Model1's train accuracy for each choice of active dropout layers."""
     lines = []
@@ -274,10 +246,7 @@ def dropout_table(rows):
 
 
 def epoch_time_table(rows):
-    """Return the median seconds of an epoch per variant, and the ratios of this repository's.
-
-    Only epochs with all images are included.
-    """
+    """Return the median seconds of an epoch with all images, and this repository's relative to the others."""
     lines = []
     rows = [row for row in rows if row["images"] == "60000"]
     for values, measured in group_by(rows, "model", "device", "threads", "busy").items():
@@ -285,33 +254,28 @@ def epoch_time_table(rows):
         machine = f"{device}, {plots.number_of(int(threads), 'thread')}"
         if busy == "1":
             machine += ", busy"
-        cells = [model, machine]
         groups = group_by(measured, "variant")
-        for variant in epoch_time.VARIANTS:
-            cell = ""
-            if (variant,) in groups:
-                cell = f"{statistics.median(numbers(groups[variant,], 'seconds')):.1f}"
-            cells.append(cell)
-        for variant in (epoch_time.DATALOADER, epoch_time.COMPUTE_ONLY):
-            cell = ""
-            if (variant,) in groups:
-                cell = ratio_cell(groups[epoch_time.REPOSITORY,], groups[variant,])
-            cells.append(cell)
+        seconds = numbers(groups[epoch_time.REPOSITORY,], "seconds")
+        cells = [model, machine, f"{statistics.median(seconds):.1f}"]
+        for variant in epoch_time.BASELINES:
+            cells.append(baseline_cell(seconds, numbers(groups.get((variant,), []), "seconds")))
         lines.append(cells)
-    header = f"model | machine | {' | '.join(epoch_time.VARIANTS)} | vs. DataLoader | vs. compute"
-    return markdown_table(header, lines)
+    titles = ["model", "machine", epoch_time.REPOSITORY, *epoch_time.BASELINES]
+    return markdown_table(" | ".join(titles), lines)
 
 
-def ratio_cell(rows, baseline):
-    """Return the median of the ratios of two variants' seconds, round by round, with their range."""
-    pairs = zip(numbers(rows, "seconds"), numbers(baseline, "seconds"), strict=True)
-    ratios = [seconds / base for seconds, base in pairs]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+def baseline_cell(seconds, baseline):
+    """Return the median of a baseline, if it was measured, and the median and range of the ratios to it."""
+    if not baseline:
+        return ""
+    ratios = [value / base for value, base in zip(seconds, baseline, strict=True)]
+    ratio = statistics.median(ratios)
+    return f"{statistics.median(baseline):.1f} ({ratio:.2f}, {min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def columns_table(rows, hidden):
-    """Return all rows of a CSV file, without the `hidden` columns and those of the machine."""
-    columns = [column for column in rows[0] if column not in (*hidden, "device", "threads", "torch")]
+def columns_table(rows):
+    """Return all rows of a CSV file, without the `HIDDEN` columns."""
+    columns = [column for column in rows[0] if column not in HIDDEN]
     lines = []
     for row in rows:
         lines.append([row[column] for column in columns])
@@ -323,19 +287,19 @@ def columns_table(rows, hidden):
 
 def create_tables():
     """Return every table as text, by name."""
-    runs = common.recorded_runs(FOLDER / "accuracy.csv")
+    runs = common.recorded_runs()
     tables = {
         "overview": overview_table(runs),
         "steps": steps_table(("step", "gain"), STEPS, runs),
         "without": steps_table(("instead", "difference"), WITHOUT, runs, baseline=WITHOUT["Model4"]),
-        "design": design_table("Model4"),
+        "design": design_table(),
         "search": search_table(common.read_rows(FOLDER / "search.csv")),
         "dropout ablation": dropout_table(common.read_rows(FOLDER / "dropout_ablation.csv")),
-        "own digits": columns_table(common.read_rows(FOLDER / "own_digits.csv"), hidden=["model"]),
-        "real digits": columns_table(common.read_rows(FOLDER / "real_digits.csv"), hidden=["model", "seed"]),
-        "drawing field": columns_table(common.read_rows(FOLDER / "drawing.csv"), hidden=[]),
+        "own digits": columns_table(common.read_rows(FOLDER / "own_digits.csv")),
+        "real digits": columns_table(common.read_rows(FOLDER / "real_digits.csv")),
+        "drawing field": columns_table(common.read_rows(FOLDER / "drawing.csv")),
         "epoch time": epoch_time_table(common.read_rows(FOLDER / "epoch_time.csv")),
-        "exercises": columns_table(common.read_rows(FOLDER / "exercises.csv"), hidden=["seed"]),
+        "exercises": columns_table(common.read_rows(FOLDER / "exercises.csv")),
     }
     for name in MODELS:
         if name in PUBLISHED:
@@ -345,38 +309,24 @@ def create_tables():
     return tables
 
 
-def find_stale_tables(page, tables):
-    """Return the tables of a page that are not up to date: a dictionary from name to (text, current text).
+def update_tables(page, tables):
+    """Return a page with the current tables.
 
     Raise ValueError if a table has no end, and KeyError if there is no table of that name.
     """
-    stale = {}
-    for part in page.split(START)[1:]:
-        text, _ = part.split(END)
+    updated, *parts = page.split(START)
+    for part in parts:
+        text, after = part.split(END)
         name, _ = text.split(" -->", maxsplit=1)
-        current = f"{name} -->\n\n{tables[name]}\n\n"
-        if text != current:
-            stale[name] = (START + text + END, START + current + END)
-    return stale
+        updated += f"{START}{name} -->\n\n{tables[name]}\n\n{END}{after}"
+    return updated
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--write", action="store_true", help="update both files")
-    group.add_argument("--check", action="store_true", help="fail if a table is stale, and name it")
-    args = parser.parse_args()
     tables = create_tables()
-    problems = []
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
-        for name, (text, current) in find_stale_tables(page, tables).items():
-            problems.append(f"{path}: the table {name!r} is stale")
-            page = page.replace(text, current)
-        if args.write:
-            path.write_text(page, encoding="utf-8", newline="")
-    if args.check and problems:
-        sys.exit("\n".join([*problems, "run python benchmarks/tables.py --write"]))
+        path.write_text(update_tables(page, tables), encoding="utf-8", newline="")
 
 
 if __name__ == "__main__":

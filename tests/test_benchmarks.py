@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from functools import partial
 
 import accuracy
 import common
@@ -24,11 +23,6 @@ def histories(*runs):
     return {seed: utils.History(test_acc=test_acc) for seed, test_acc in enumerate(runs, 1)}
 
 
-def cells(table, row):
-    """Return the cells of a row of a table in Markdown, numbered from 0 below the header."""
-    return [cell.strip() for cell in table.splitlines()[row + 2].strip("|").split("|")]
-
-
 def test_interrupted_run_is_resumed_and_recorded_once(small, tmp_path, monkeypatch):
     trained = []
     real_train = utils.train
@@ -39,16 +33,14 @@ def test_interrupted_run_is_resumed_and_recorded_once(small, tmp_path, monkeypat
             signal.raise_signal(signal.SIGINT)
         return real_train(*args)
 
-    for key in list(accuracy.EXPERIMENTS):
-        if key not in (("Model1", "described"), ("Model1", "constant")):
-            monkeypatch.delitem(accuracy.EXPERIMENTS, key)
+    runs = [("Model1", "constant"), ("Model1", "described")]
+    monkeypatch.setattr(accuracy, "EXPERIMENTS", {run: accuracy.EXPERIMENTS[run] for run in runs})
     monkeypatch.setattr(accuracy, "CSV", tmp_path / "accuracy.csv")
-    train_and_describe = partial(accuracy.train_and_describe, epochs=2)
-    monkeypatch.setattr(accuracy, "train_and_describe", train_and_describe)
+    monkeypatch.setattr(common, "EPOCHS", 2)
     monkeypatch.setattr(utils, "load_data", lambda standin: (small(300), small(100, train=False)))
     monkeypatch.setattr(utils, "train", train)
     monkeypatch.setenv("S7_CHECKPOINTS", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["accuracy", "--models", "Model1", "--seeds", "1"])
+    monkeypatch.setattr(sys, "argv", ["accuracy", "--seeds", "1"])
     with pytest.raises(KeyboardInterrupt):
         accuracy.main()
     accuracy.main()
@@ -59,6 +51,15 @@ def test_interrupted_run_is_resumed_and_recorded_once(small, tmp_path, monkeypat
     assert list(rows[0]) == list(committed[0])
     recorded = [(row["schedule"], row["epoch"]) for row in rows]
     assert recorded == [("constant", "1"), ("constant", "2"), ("described", "1"), ("described", "2")]
+
+
+def test_runs_of_the_search_are_recorded_under_their_configurations():
+    configured = []
+    for configuration in search.CONFIGURATIONS:
+        for seed in configuration.seeds:
+            configured.append(search.identity(configuration, seed))
+    for row in common.read_rows(search.CSV):
+        assert {column: row[column] for column in configured[0]} in configured
 
 
 def test_validation_split_is_the_one_of_the_recorded_runs():
@@ -93,32 +94,16 @@ def test_results_are_hand_computed_values():
 
 def test_gains_are_paired_by_seed():
     """Of differences of 0.54 and 0.26 the mean is 0.40, and the standard error half of 0.28."""
-    runs = {
-        ("Model1", "described"): histories(SEED_1, SEED_2),
-        ("Model1", "no_dropout"): histories(ABOVE_FROM_2, ABOVE_FROM_3, SEED_1),
-        ("Model2", "rate"): histories(SEED_1),  # there is no step before it
-    }
-    table = tables.steps_table(("step", "gain"), tables.STEPS, runs)
-    assert cells(table, 0) == ["Model1", "99.13 ± 0.16", "98.80", ""]
-    assert cells(table, 1)[3] == "+0.40 ± 0.14"
-    assert cells(table, 2)[1:] == ["99.02", "98.80", ""]
+    runs = {"a": histories(SEED_1, SEED_2), "b": histories(ABOVE_FROM_2, ABOVE_FROM_3, SEED_1)}
+    table = tables.steps_table(("step", "gain"), {"first": "a", "second": "b"}, runs)
+    _, _, first, second = table.splitlines()
+    assert first == "| first | 99.13 ± 0.16 | 98.80 |  |"
+    assert second.endswith("| 98.80 | +0.40 ± 0.14 |")
     assert tables.gain_cell([0.1, 0.2, -0.3]) == "+0.00 ± 0.15, not distinguishable"
 
 
-def test_receptive_fields_can_be_calculated_from_kernels_and_jumps():
-    table = tables.design_table("Model4")
-    field = 1
-    jump = 1
-    for row in range(10):
-        _, _, kernel, stride, shown_jump, shown_field, _ = cells(table, row)
-        field += (int(kernel) - 1) * jump
-        assert (shown_jump, shown_field) == (str(jump), str(field))
-        jump *= int(stride)
-
-
-def test_stale_table_is_found():
+def test_tables_of_a_page_are_replaced():
     page = "# Title\n\n<!-- table: a -->\n\n| old |\n\n<!-- /table -->\n\nText.\n"
     page += "<!-- table: b -->\n\n| b |\n\n<!-- /table -->\n\nEnd.\n"
-    stale = tables.find_stale_tables(page, {"a": "| new |", "b": "| b |"})
-    assert list(stale) == ["a"]
-    assert page.replace(*stale["a"]) == page.replace("old", "new")
+    updated = tables.update_tables(page, {"a": "| new |", "b": "| b |"})
+    assert updated == page.replace("old", "new")
