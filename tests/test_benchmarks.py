@@ -33,7 +33,7 @@ def test_interrupted_run_is_resumed_and_recorded_once(small, tmp_path, monkeypat
             signal.raise_signal(signal.SIGINT)
         return real_train(*args)
 
-    runs = [("Model1", "constant"), ("Model1", "described")]
+    runs = [("Model4", "constant"), ("Model4", "described")]
     monkeypatch.setattr(accuracy, "EXPERIMENTS", {run: accuracy.EXPERIMENTS[run] for run in runs})
     monkeypatch.setattr(accuracy, "CSV", tmp_path / "accuracy.csv")
     monkeypatch.setattr(common, "EPOCHS", 2)
@@ -49,8 +49,9 @@ def test_interrupted_run_is_resumed_and_recorded_once(small, tmp_path, monkeypat
     rows = common.read_rows(accuracy.CSV)
     committed = common.read_rows(common.ROOT / "benchmarks" / "accuracy.csv")
     assert list(rows[0]) == list(committed[0])
-    recorded = [(row["schedule"], row["epoch"]) for row in rows]
-    assert recorded == [("constant", "1"), ("constant", "2"), ("described", "1"), ("described", "2")]
+    recorded = [(row["schedule"], row["epoch"], row["learning_rate"]) for row in rows]
+    assert recorded[:2] == [("constant", "1", "0.1"), ("constant", "2", "0.1")]
+    assert recorded[2:] == [("described", "1", "0.1"), ("described", "2", "0.075")]
 
 
 def test_runs_of_the_search_are_recorded_under_their_configurations():
