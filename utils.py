@@ -135,20 +135,10 @@ def sum_exactly(losses):
 
 
 def choose_device():
-    """Return "cuda" if there is a GPU, otherwise "cpu".
-
-    Raise RuntimeError if PyTorch sees a GPU but cannot use it, as with an architecture that is too old.
-    """
-    if not torch.cuda.is_available():
-        return "cpu"
-    try:
-        torch.ones(1, device="cuda").add(1).item()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise RuntimeError(
-            f'PyTorch cannot use the GPU ({reason}): set CUDA_VISIBLE_DEVICES="" to train on the CPU'
-        ) from None
-    return "cuda"
+    """Return "cuda" if there is a GPU, otherwise "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "cpu"
 
 
 class ProgressLine(io.TextIOBase):
@@ -864,7 +854,7 @@ def save_checkpoint(path, content, keep=False):
         unfinished.write_bytes(content)
         if keep:
             keep_previous(path)
-        replace(unfinished, path)
+        os.replace(unfinished, path)
     except OSError as error:
         raise OSError(
             f"cannot write the checkpoint {path} ({error.strerror}): free disk space, fix the permissions, or"
@@ -875,16 +865,6 @@ def save_checkpoint(path, content, keep=False):
             unfinished.unlink()  # is still there if writing failed or was interrupted
 
 
-def replace(source, target):
-    """Rename a file, atomically; try for a second, because other programs may have it open."""
-    for _ in range(10):
-        try:
-            return os.replace(source, target)
-        except OSError:
-            time.sleep(0.1)
-    return os.replace(source, target)
-
-
 def keep_previous(path):
     """Rename the file at `path`, if there is one, to `*.previous-1.pt`, `*.previous-2.pt` and so on."""
     names = os.listdir(path.parent)
@@ -893,7 +873,7 @@ def keep_previous(path):
     for number in itertools.count(1):
         previous = f"{path.stem}.previous-{number}{path.suffix}"
         if previous not in names:
-            replace(path, path.with_name(previous))
+            os.replace(path, path.with_name(previous))
             return
 
 

@@ -11,8 +11,6 @@ classified ones, or, for the kinds that show no digit or several, the rejected o
 import argparse
 import io
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import common
 import torch
@@ -24,6 +22,7 @@ import own_digit
 import utils
 
 CSV = common.ROOT / "benchmarks" / "own_digits.csv"
+IMAGES = 100  # per kind of picture
 
 # Brightness from 0 to 255
 PAPER = 225
@@ -50,63 +49,17 @@ def choose(random, choices):
 # ---- pages: digits written on paper, as float tensors (H, W) of brightness ----
 
 
-def write_digit(image, size=DIGIT, paper=PAPER, ink=PEN, shift=(0, 0), degrees=0):
-    """Return a page with a 28×28 digit, white on black, in its middle, or `shift` pixels down and right."""
-    side = round(size / MNIST_DIGIT)
-    glyph = image.resize((side, side), Image.BICUBIC).rotate(degrees, Image.BICUBIC)
-    coverage = Image.new("L", (SIDE, SIDE))
-    coverage.paste(glyph, ((SIDE - side) // 2 + shift[1], (SIDE - side) // 2 + shift[0]))
-    return paper + (ink - paper) * pil_to_tensor(coverage)[0].float() / 255
-
-
-def plain_page(images, random):
-    return write_digit(images[0])
-
-
-def small_page(images, random):
-    """Write in pen or pencil, and leave space for a box."""
-    ink = choose(random, (PEN, PENCIL))
-    return write_digit(images[0], size=uniform(random, 200, 330), ink=ink)
-
-
-def chalk_page(images, random):
-    return write_digit(images[0], paper=60, ink=uniform(random, 170, 220))
-
-
-def photographed_page(images, random):
-    """Write slightly rotated, beside the middle."""
-    shift = (round(uniform(random, -80, 80)), round(uniform(random, -80, 80)))
-    ink = uniform(random, 50, 90)
-    return write_digit(images[0], 300, ink=ink, shift=shift, degrees=uniform(random, -8, 8))
-
-
-def page_with_neighbors(images, random):
-    """Write other digits at the left and right border, too, as a cut from a page shows them."""
-    shift = round(uniform(random, 1.2, 1.3) * DIGIT)
-    page = write_digit(images[0])
-    page = torch.minimum(page, write_digit(images[1], shift=(0, -shift)))
-    return torch.minimum(page, write_digit(images[2], shift=(0, shift)))
-
-
-def page_of_digits(images, random):
-    """Write one to three rows of two or three digits."""
-    rows = choose(random, (1, 2, 3))
-    columns = choose(random, (2, 3))
-    page = torch.full((SIDE, SIDE), float(PAPER))
-    for row in range(rows):
-        for column in range(columns):
-            down = 180 * (row - (rows - 1) / 2)
-            right = 180 * (column - (columns - 1) / 2)
-            image = images[(row * columns + column) % len(images)]
-            page = torch.minimum(page, write_digit(image, 120, shift=(round(down), round(right))))
-    return page
-
-
-def blank_page(images, random):
+def blank_page():
     return torch.full((SIDE, SIDE), float(PAPER))
 
 
-# ---- steps: each changes a page and returns it ----
+def write_digit(image, size=DIGIT, ink=PEN, shift=(0, 0), degrees=0):
+    """Return a page with a 28×28 digit, white on black, in its middle, or `shift` pixels down and right."""
+    side = round(size / MNIST_DIGIT)
+    glyph = Image.fromarray(image.numpy()).resize((side, side), Image.BICUBIC).rotate(degrees, Image.BICUBIC)
+    coverage = Image.new("L", (SIDE, SIDE))
+    coverage.paste(glyph, ((SIDE - side) // 2 + shift[1], (SIDE - side) // 2 + shift[0]))
+    return PAPER + (ink - PAPER) * pil_to_tensor(coverage)[0].float() / 255
 
 
 def along(page, angle):
@@ -130,10 +83,6 @@ def add_shadow(page, random):
     return page * (0.7 + 0.3 * torch.sigmoid((place - edge) / 0.01))
 
 
-def add_noise(page, random):
-    return page + 4 * torch.randn(page.shape, generator=random)
-
-
 def rule(page, random):
     """Rule the page with slightly tilted lines; the darker of line and ink wins."""
     place = along(page, math.pi / 2 + uniform(random, -0.03, 0.03))
@@ -154,18 +103,45 @@ def ink_box(page):
     return rows[0].item(), rows[-1].item() + 1, columns[0].item(), columns[-1].item() + 1
 
 
-def print_box(page, random):
-    """Print a square around the digit, at a distance of 8 to 30 % of its height.
+def to_picture(page, random):
+    """Return a page as a gray picture with the noise of a camera."""
+    page = page + 4 * torch.randn(page.shape, generator=random)
+    return Image.fromarray(page.round().clamp(0, 255).byte().numpy())
 
-    In every second page its lines run to the page's border, as those of a form do.
+
+# ---- kinds of pictures: each is drawn from 28×28 images, white on black, of which the first is shown ----
+
+
+def pen_on_paper(images, random):
+    return to_picture(write_digit(images[0]), random)
+
+
+def phone_photo(images, random):
+    """Write beside the middle of a ruled page on a table; photograph it in uneven light, in color."""
+    shift = (round(uniform(random, -80, 80)), round(uniform(random, -80, 80)))
+    page = write_digit(images[0], 300, uniform(random, 50, 90), shift, uniform(random, -8, 8))
+    page = add_table(rule(page, random), random)
+    page = add_shadow(fade_light(page, random), random)
+    colors = ImageOps.colorize(to_picture(page, random), (30, 50, 140), (255, 250, 230))
+    file = io.BytesIO()
+    colors.save(file, "JPEG", quality=75)
+    return Image.open(file)
+
+
+def printed_box(images, random):
+    """Write in pen or pencil, in a printed square at a distance of 8 to 30 % of the digit's height.
+
+    In every second picture its lines run to the page's border, as those of a form do.
     """
+    size = uniform(random, 200, 330)
+    page = write_digit(images[0], size, ink=choose(random, (PEN, PENCIL)))
     top, bottom, left, right = ink_box(page)
     width = choose(random, (2, 4, 8))
     reach = max(bottom - top, right - left) // 2
     reach += round(uniform(random, 0.08, 0.3) * (bottom - top)) + width
     middle_y = (top + bottom) // 2
     middle_x = (left + right) // 2
-    picture = to_picture(page)
+    picture = to_picture(page, random)
     draw = ImageDraw.Draw(picture)
     end = choose(random, (reach, SIDE))
     for side in (-reach, reach):
@@ -173,149 +149,127 @@ def print_box(page, random):
         y = middle_y + side
         draw.line((x, middle_y - end, x, middle_y + end), fill=PRINT, width=width)
         draw.line((middle_x - end, y, middle_x + end, y), fill=PRINT, width=width)
-    return pil_to_tensor(picture)[0].float()
+    return picture
 
 
-def crop_tightly(page, random):
+def neighbors_cut_by_the_border(images, random):
+    """Write other digits at the left and right border, too, as a cut from a page shows them."""
+    shift = round(uniform(random, 1.2, 1.3) * DIGIT)
+    page = write_digit(images[0])
+    page = torch.minimum(page, write_digit(images[1], shift=(0, -shift)))
+    page = torch.minimum(page, write_digit(images[2], shift=(0, shift)))
+    return to_picture(page, random)
+
+
+def lifted_top(images, random):
+    """Lift the upper 30 % of the digit off by 4 to 12 % of its height, as the bar of a 5 often is."""
+    page = write_digit(images[0])
+    top, bottom, _, _ = ink_box(page)
+    cut = round(top + 0.3 * (bottom - top))
+    gap = round(uniform(random, 0.04, 0.12) * (bottom - top))
+    return to_picture(torch.cat([page[gap:cut], blank_page()[:gap], page[cut:]]), random)
+
+
+def tight_crop(images, random):
     """Crop the page to the pixels that are at least half ink, so that the ink touches each side."""
+    page = write_digit(images[0])
     top, bottom, left, right = ink_box(page)
-    return page[top:bottom, left:right]
+    return to_picture(page[top:bottom, left:right], random)
 
 
-def crop_to_square(page, random):
+def soft_crop(images, random):
+    """Crop to a square, shrink it to 8×8 pixels, and enlarge them smoothly to 64×64."""
+    page = write_digit(images[0])
     top, bottom, left, right = ink_box(page)
     side = max(bottom - top, right - left)
     top = (top + bottom - side) // 2
     left = (left + right - side) // 2
-    return page[top : top + side, left : left + side]
+    picture = to_picture(page[top : top + side, left : left + side], random)
+    return picture.resize((8, 8), Image.BOX).resize((64, 64), Image.BICUBIC)
 
 
-def lift_top(page, random):
-    """Lift the upper 30 % of the digit off by 4 to 12 % of its height, as the bar of a 5 often is."""
-    top, bottom, _, _ = ink_box(page)
-    cut = round(top + 0.3 * (bottom - top))
-    gap = round(uniform(random, 0.04, 0.12) * (bottom - top))
-    paper = torch.full((gap, page.shape[1]), float(PAPER))
-    return torch.cat([page[gap:cut], paper, page[cut:]])
+def several_digits(images, random):
+    """Write one to three rows of two or three digits."""
+    rows = choose(random, (1, 2, 3))
+    columns = choose(random, (2, 3))
+    page = blank_page()
+    for row in range(rows):
+        for column in range(columns):
+            down = round(180 * (row - (rows - 1) / 2))
+            right = round(180 * (column - (columns - 1) / 2))
+            page = torch.minimum(page, write_digit(images[row * columns + column], 120, shift=(down, right)))
+    return to_picture(page, random)
 
 
-def damage(page, random):
-    """Change a blank page by light, shadow, lines or the table's edge."""
-    return choose(random, (fade_light, add_shadow, rule, add_table))(page, random)
-
-
-# ---- finish: from the page to a picture ----
-
-
-def to_picture(page):
-    return Image.fromarray(page.round().clamp(0, 255).byte().numpy())
-
-
-def color_jpeg(page):
-    colors = ImageOps.colorize(to_picture(page), (30, 50, 140), (255, 250, 230))
-    file = io.BytesIO()
-    colors.save(file, "JPEG", quality=75)
-    return Image.open(file)
-
-
-def soft_picture(page):
-    """Shrink the page to 8×8 pixels and enlarge them smoothly to 64×64."""
-    return to_picture(page).resize((8, 8), Image.BOX).resize((64, 64), Image.BICUBIC)
-
-
-class Kind(NamedTuple):
-    """One kind of picture: `write` digits on a page, apply `steps`, and `finish`.
-
-    `predict` should reject pictures that do not show one digit (`is_digit`). With a `label`, only the
-    images of that digit are used.
-    """
-
-    write: Callable = plain_page
-    steps: tuple = (add_noise,)
-    finish: Callable = to_picture
-    is_digit: bool = True
-    label: int | None = None
+def no_digit(images, random):
+    """Return a page with uneven light, a shadow, lines or the table's edge, and nothing written on it."""
+    damage = choose(random, (fade_light, add_shadow, rule, add_table))
+    return to_picture(damage(blank_page(), random), random)
 
 
 KINDS = {
-    "pen on paper": Kind(),
-    "chalk": Kind(chalk_page, (fade_light, add_noise)),
-    "phone photo": Kind(photographed_page, (rule, add_table, fade_light, add_shadow, add_noise), color_jpeg),
-    "printed box": Kind(small_page, (print_box, add_noise)),
-    "neighbors cut by the border": Kind(page_with_neighbors),
-    "top of a 5 lifted": Kind(steps=(lift_top, add_noise), label=5),
-    "tight crop": Kind(steps=(crop_tightly, add_noise)),
-    "soft crop of 8×8": Kind(steps=(crop_to_square,), finish=soft_picture),
-    "several digits": Kind(page_of_digits, is_digit=False),
-    "blank page": Kind(blank_page, (damage, add_noise), is_digit=False),
+    "pen on paper": pen_on_paper,
+    "phone photo": phone_photo,
+    "printed box": printed_box,
+    "neighbors cut by the border": neighbors_cut_by_the_border,
+    "top of a 5 lifted": lifted_top,
+    "tight crop": tight_crop,
+    "soft crop of 8×8": soft_crop,
+    "several digits": several_digits,
+    "blank page": no_digit,
 }
+TO_BE_REJECTED = ("several digits", "blank page")
 
 
-def draw_pictures(kind, images):
-    """Yield a picture of a kind per image, the same in every run; `images` are MNIST's `(N, 28, 28)`.
+def draw_pictures(title, test_set, count):
+    """Yield `count` pictures of a kind with the image and the label of the digit, the same in every run.
 
     Where a picture shows other digits, too, they are the following images.
     """
     random = torch.Generator().manual_seed(0)
-    for first in range(len(images)):
-        following = images.roll(-first, dims=0)[:9]
-        page = kind.write([Image.fromarray(image.numpy()) for image in following], random)
-        for step in kind.steps:
-            page = step(page, random)
-        yield kind.finish(page)
+    if title == "top of a 5 lifted":
+        test_set = test_set[test_set.labels == 5]
+    for first in range(count):
+        images = test_set.images[first : first + 9]
+        yield KINDS[title](images, random), images[0], test_set.labels[first].item()
 
 
-def choose_images(kind, test_set, count):
-    """Return the first `count` images, or fewer, and labels of the test set that a kind uses."""
-    images = test_set.images
-    labels = test_set.labels
-    if kind.label is not None:
-        is_chosen = labels == kind.label
-        images = images[is_chosen]
-        labels = labels[is_chosen]
-    return images[:count], labels[:count]
-
-
-def evaluate(model, kind, images, labels):
-    """Return the results of a kind of picture in percent, as the columns of a row."""
+def measure(model, name, title, test_set, count):
+    """Return the row of own_digits.csv for one kind of picture and the network `name`."""
     correct = 0
     rejected = 0
     confident_errors = 0
-    for picture, label in zip(draw_pictures(kind, images), labels, strict=True):
+    for picture, _, label in draw_pictures(title, test_set, count):
         try:
             probabilities = own_digit.predict(model, picture)
         except ValueError:
             rejected += 1
             continue
-        if kind.is_digit and probabilities.argmax() == label:
+        if title not in TO_BE_REJECTED and probabilities.argmax() == label:
             correct += 1
         elif probabilities.max() > 0.9:
             confident_errors += 1
-    if not kind.is_digit:
+    if title in TO_BE_REJECTED:
         correct = rejected
-    counts = {"rejected": rejected, "accuracy": correct, "confident_errors": confident_errors}
-    return {name: f"{100 * count / len(images):.1f}" for name, count in counts.items()}
-
-
-def measure(model, name, test_set, count):
-    """Return a row for each kind of picture, drawn from `count` images, for the network `name`."""
-    rows = []
-    for title, kind in tqdm(KINDS.items()):
-        images, labels = choose_images(kind, test_set, count)
-        row = {"pictures": title, "images": len(images), "model": name}
-        row |= evaluate(model, kind, images, labels)
-        rows.append(row | common.machine_columns("cpu"))
-    return rows
+    row = {"pictures": title, "images": count, "model": name}
+    for column, number in (
+        ("rejected", rejected),
+        ("accuracy", correct),
+        ("confident_errors", confident_errors),
+    ):
+        row[column] = f"{100 * number / count:.1f}"
+    return row | common.machine_columns("cpu")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="of a full run")
-    parser.add_argument("--images", type=int, default=100, help="per kind of picture (default %(default)s)")
-    args = parser.parse_args()
-    name, model = common.load_model(args.checkpoint)
+    name, model = common.load_model(parser.parse_args().checkpoint)
     _, test_set = utils.load_data(standin=False)
-    common.write_rows(measure(model, name, test_set, args.images), CSV)
+    rows = []
+    for title in tqdm(KINDS):
+        rows.append(measure(model, name, title, test_set, IMAGES))
+    common.write_rows(rows, CSV)
 
 
 if __name__ == "__main__":

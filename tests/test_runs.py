@@ -8,7 +8,6 @@ import pkgutil
 import random
 import re
 import signal
-import time
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -391,18 +390,6 @@ def test_checkpoint_of_a_gpu_is_read_to_the_cpu(tmp_path):
 
 
 # ---- errors of the file system ----
-
-
-def test_file_that_another_program_has_open_is_replaced_later(tmp_path, monkeypatch):
-    path = tmp_path / "run.pt"
-    run = Parts().run(path)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    error = PermissionError(errno.EACCES, "in use")
-    with mock.patch("os.replace", wraps=os.replace, side_effect=[error, mock.DEFAULT]):
-        record_epoch(run)
-    with mock.patch("os.replace", side_effect=error), pytest.raises(OSError, match="cannot write .*in use"):
-        record_epoch(run)
-    assert completed_epochs(path) == 1
 
 
 @pytest.mark.parametrize(("function", "resume"), [("pathlib.Path.read_bytes", True), ("os.listdir", False)])

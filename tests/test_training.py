@@ -122,16 +122,3 @@ def test_progress_is_one_notebook_output_updated_in_place(monkeypatch):
 def test_progress_goes_to_stdout_outside_a_notebook(monkeypatch, shell):
     monkeypatch.setattr(utils, "get_ipython", lambda: shell)
     assert utils.progress_file() is sys.stdout
-
-
-# ---- the device ----
-
-
-def test_gpu_that_cannot_be_used_is_named_with_the_way_to_the_cpu(monkeypatch):
-    def fail(*args, device):
-        raise RuntimeError(f"{device}: no kernel image is available\nmore lines")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "ones", fail)
-    with pytest.raises(RuntimeError, match="GPU .cuda: no kernel image.*: set CUDA_VISIBLE_DEVICES"):
-        utils.choose_device()
