@@ -6,7 +6,7 @@ A plot is a function that ends in `show_figure`.
 import ast
 import copy
 import inspect
-import linecache
+import itertools
 import os
 import statistics
 from functools import partial
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torchinfo
 from IPython import get_ipython
@@ -25,44 +26,42 @@ from utils import DIGITS, SIDE, unwrap
 
 TRAIN_COLOR = "#D55E00"  # distinguishable for color-blind readers (Okabe and Ito)
 TEST_COLOR = "#0072B2"
+NO_TICKS = {"xticks": [], "yticks": []}
 TARGET_ACCURACY = 99.4  # percent, of the course
 LAST_EPOCHS = 5  # of a run, to which the target applies: our reading of the course's "last few"
 
-#############################################
-#          Source code and layers           #
-#############################################
+# ---- source code and layers ----
 
 
 def show_source(item):
     """Print the source of a function or class, which may be defined in a file or in a cell."""
     if inspect.isclass(item) and item.__module__ == "__main__":  # `inspect` finds classes in files only
-        method = next(part for part in vars(item).values() if inspect.isfunction(part))
-        cell = "".join(linecache.getlines(inspect.getsourcefile(method)))
-        for node in ast.walk(ast.parse(cell)):
+        method = next(filter(inspect.isfunction, vars(item).values()))
+        lines, _ = inspect.findsource(method)  # of the whole cell
+        for node in ast.walk(ast.parse("".join(lines))):
             if isinstance(node, ast.ClassDef) and node.name == item.__name__:
-                print(ast.get_source_segment(cell, node))
-        return
-    print(inspect.getsource(item))
+                print(ast.get_source_segment("".join(lines), node))
+    else:
+        print(inspect.getsource(item))
 
 
 class Layer(NamedTuple):
-    """A row of `layer_table`: one call of a layer."""
+    """One call of a layer, for one image."""
 
     name: str  # path of attributes, for example "block2.0"
     kind: str  # class, for example "Conv2d"
-    output: tuple  # shape for one image
-    kernel: int  # side length in pixels
+    output: tuple  # shape
+    kernel: int  # side length in pixels; 1 if the layer has none
     stride: int
-    parameters: int
+    parameters: int  # 0 if it was called before, and counted there
     mult_adds: int
-    receptive_field: int | None  # side length in pixels; None if it cannot be measured
+    receptive_field: int | None  # see `measure_fields`
 
 
 def layer_table(model):
     """Return the layers of a model, in the order of their calls, as a list of `Layer`.
 
-    Parameters and multiply-adds are counted by torchinfo, for an input of one image; receptive fields are
-    measured (see `measure_fields`).
+    Parameters and multiply-adds are counted by torchinfo; receptive fields are measured.
     """
     model = unwrap(model)
     summary = torchinfo.summary(model, (1, 1, SIDE, SIDE), verbose=0)
@@ -70,36 +69,39 @@ def layer_table(model):
     leaves = [name for name, module in model.named_modules() if not list(module.children())]
     layers = []
     for info, (name, field) in zip(calls, measure_fields(model, leaves), strict=True):
-        parameters = sum(parameter.numel() for parameter in info.module.parameters())
-        if info.is_recursive:  # called before, and counted there
+        output = tuple(info.output_size[1:])
+        kernel = np.max(getattr(info.module, "kernel_size", 1)).item()  # of a number or a pair
+        stride = np.max(getattr(info.module, "stride", 1)).item()
+        if isinstance(info.module, nn.AdaptiveAvgPool2d):
+            kernel = info.input_size[-1] // info.output_size[-1]
+            stride = kernel
+        parameters = info.num_params
+        if info.is_recursive:
             parameters = 0
-        kernel, stride = kernel_and_stride(info)
-        layer = Layer(
-            name,
-            info.class_name,
-            tuple(info.output_size[1:]),
-            kernel,
-            stride,
-            parameters,
-            info.macs,
-            field,
-        )
-        layers.append(layer)
+        layers.append(Layer(name, info.class_name, output, kernel, stride, parameters, info.macs, field))
     return layers
 
 
-def kernel_and_stride(info):
-    """Return the kernel size and stride of a torchinfo layer; both are 1 if the layer has none."""
-    if isinstance(info.module, nn.AdaptiveAvgPool2d):
-        size = info.input_size[-1] // info.output_size[-1]
-        return size, size
-    sizes = []
-    for name in ("kernel_size", "stride"):
-        size = getattr(info.module, name, 1)
-        if isinstance(size, tuple):
-            size = size[0]
-        sizes.append(size)
-    return sizes
+def measure_fields(model, names):
+    """Return modules, given by name, and their receptive fields: a list of pairs, one for each call.
+
+    A field is given by its side length in pixels, and None if it cannot be measured. It is the number of
+    rows of the image that the middle row of the output depends on: NaN in such a row makes the output NaN,
+    whatever the layers are, and whatever their weights. It is at most the height of the image.
+    """
+    images = torch.zeros(SIDE, 1, SIDE, SIDE)
+    row = torch.arange(SIDE)
+    images[row, :, row] = float("nan")
+    fields = []
+    for name, output in record_outputs(model, names, images):
+        if output.dim() == 4:
+            output = output[:, :, output.shape[2] // 2]
+        field = None
+        depends = output.flatten(1).isnan().any(dim=1).nonzero()
+        if len(depends) > 0:
+            field = (depends.max() - depends.min() + 1).item()
+        fields.append((name, field))
+    return fields
 
 
 @torch.no_grad()
@@ -121,47 +123,16 @@ def record_outputs(model, names, data):
     return outputs
 
 
-def measure_fields(model, names):
-    """Return modules, given by name, and their receptive fields: a list of pairs, one for each call.
-
-    A field is given by its side length in pixels, and None if it cannot be measured. It is the number of
-    rows of the image that the middle row of the output depends on: NaN in such a row makes the output NaN,
-    whatever the layers are, and whatever their weights. It is at most the height of the image.
-    """
-    rows = torch.zeros(SIDE, 1, SIDE, SIDE)
-    row = torch.arange(SIDE)
-    rows[row, :, row] = float("nan")
-    fields = []
-    for name, output in record_outputs(model, names, rows):
-        if output.dim() == 4:
-            output = output[:, :, output.shape[2] // 2]
-        depends = output.flatten(1).isnan().any(dim=1).nonzero()
-        field = None
-        if len(depends) > 0:
-            field = (depends.max() - depends.min() + 1).item()
-        fields.append((name, field))
-    return fields
-
-
-class Table:
-    """A table that a notebook shows as HTML, which scrolls on a narrow screen, and others as text."""
-
-    def __init__(self, rows):
-        self.rows = rows
+class Table(list):
+    """Rows of seven cells, which a notebook shows as HTML (it scrolls on a phone), and others as text."""
 
     def __repr__(self):
-        lines = []
-        for row in self.rows:
-            cells = [str(cell).rjust(11) for cell in row[1:]]
-            lines.append(str(row[0]).ljust(24) + "".join(cells))
-        return "\n".join(lines)
+        row = "{:24}" + "{:>11}" * 6
+        return "\n".join(row.format(*cells) for cells in self)
 
     def _repr_html_(self):
-        lines = []
-        for row in self.rows:
-            cells = [f"<td>{cell}</td>" for cell in row]
-            lines.append(f"<tr>{''.join(cells)}</tr>")
-        return f"<table>\n{chr(10).join(lines)}\n</table>"
+        row = "<tr>" + "<td>{}</td>" * 7 + "</tr>\n"
+        return f"<table>\n{''.join(row.format(*cells) for cells in self)}</table>"
 
 
 def summarize_model(model):
@@ -169,23 +140,21 @@ def summarize_model(model):
 
     ReLU is left out: it changes neither the shape nor the receptive field, and has no parameters.
     """
-    rows = [["layer", "output", "kernel", "stride", "parameters", "mult-adds", "field"]]
+    table = Table([["layer", "output", "kernel", "stride", "parameters", "mult-adds", "field"]])
     layers = layer_table(model)
     for layer in layers:
         if layer.kind == "ReLU":
             continue
         row = [f"{layer.name} {layer.kind}", "×".join(map(str, layer.output)), layer.kernel, layer.stride]
         row += [f"{layer.parameters:,}", f"{layer.mult_adds:,}", layer.receptive_field or ""]
-        rows.append(row)
-    parameters = sum(parameter.numel() for parameter in unwrap(model).parameters())
+        table.append(row)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     mult_adds = sum(layer.mult_adds for layer in layers)
-    rows.append(["total", "", "", "", f"{parameters:,}", f"{mult_adds:,}", ""])
-    return Table(rows)
+    table.append(["total", "", "", "", f"{parameters:,}", f"{mult_adds:,}", ""])
+    return table
 
 
-#############################################
-#                   Plots                   #
-#############################################
+# ---- plots ----
 
 
 def show_figure(figure, name, alt):
@@ -208,15 +177,14 @@ def show_figure(figure, name, alt):
 
 def plot_digits(images, captions, title, name):
     """Plot up to 20 images `(N, 1, 28, 28)` or `(N, 28, 28)`, dark on light, with captions."""
-    figure, axes = plt.subplots(4, 5, figsize=(6.5, 6.2), layout="constrained")
+    figure, axes = plt.subplots(4, 5, figsize=(6.5, 6.2), layout="constrained", subplot_kw=NO_TICKS)
     figure.suptitle(title, fontsize=10)
-    for axis in axes.flat[len(images) :]:
-        axis.set_axis_off()
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image.squeeze().numpy(), cmap="gray_r")
         axis.set_title(caption, fontsize=9)
-        axis.set(xticks=[], yticks=[])
         axis.spines[:].set_color("lightgray")  # shows where the image ends
+    for axis in axes.flat[len(images) :]:
+        axis.set_axis_off()
     shown = ", ".join(map(str, captions[:20]))
     show_figure(figure, name, f"{title}: {shown}".rstrip(": ,"))
 
@@ -228,46 +196,38 @@ def plot_history(history, title, augmented_epochs=None):
     """
     epochs = range(1, history.completed + 1)
     figure, axes = plt.subplots(3, 1, figsize=(6.5, 7), layout="constrained", sharex=True)
-    loss_axis, accuracy_axis, rate_axis = axes
     figure.suptitle(title)
-    plot_train_and_test(loss_axis, epochs, history.train_losses, history.test_losses)
-    plot_train_and_test(accuracy_axis, epochs, history.train_acc, history.test_acc)
+    loss_axis, accuracy_axis, rate_axis = axes
+    for axis, train_values, test_values in (
+        (loss_axis, history.train_losses, history.test_losses),
+        (accuracy_axis, history.train_acc, history.test_acc),
+    ):
+        axis.plot(epochs, train_values, "--o", color=TRAIN_COLOR, markersize=3, label="train")
+        axis.plot(epochs, test_values, "-o", color=TEST_COLOR, markersize=3, label="test")
     accuracy_axis.axhline(TARGET_ACCURACY, color="gray", linestyle="--", label=f"{TARGET_ACCURACY} %")
     rate_axis.plot(epochs, history.learning_rates, "-o", color="gray", markersize=3)
-    if history.completed > 2:  # the first epoch would compress the rest
-        loss_axis.set_ylim(0, 1.1 * max(history.train_losses[1:] + history.test_losses[1:]))
-        accuracy_axis.set_ylim(min(history.train_acc[1:] + history.test_acc[1:]) - 0.3, 100)
-    rate_axis.set_ylim(0, None)
-    loss_axis.set_ylabel("loss")
-    accuracy_axis.set_ylabel("accuracy (%)")
-    rate_axis.set_ylabel("learning rate")
-    rate_axis.set_xlabel("epoch")
-    rate_axis.xaxis.get_major_locator().set_params(integer=True)
-    for axis in axes:
+    for axis, label in zip(axes, ("loss", "accuracy (%)", "learning rate"), strict=True):
+        axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         if augmented_epochs is not None and 0 < augmented_epochs < history.completed:
             axis.axvline(augmented_epochs + 0.5, color="gray", linestyle=":", label="augmentation ends")
-    for axis in (loss_axis, accuracy_axis):
-        axis.legend()
+    if history.completed > 2:  # the first epoch would compress the rest
+        loss_axis.set_ylim(0, 1.1 * max(history.train_losses[1:] + history.test_losses[1:]))
+        accuracy_axis.set_ylim(min(history.train_acc[1:] + history.test_acc[1:]) - 0.3, 100)
+    loss_axis.legend()
+    accuracy_axis.legend()
+    rate_axis.set(xlabel="epoch", ylim=(0, None))
+    rate_axis.xaxis.get_major_locator().set_params(integer=True)
     summary = summarize_run(history, title).replace("\n", "; ")
     show_figure(figure, "curves", f"Loss, accuracy and learning rate per epoch; {summary}")
 
 
-def plot_train_and_test(axis, epochs, train_values, test_values):
-    """Plot two lines, one value per epoch."""
-    axis.plot(epochs, train_values, "--o", color=TRAIN_COLOR, markersize=3, label="train")
-    axis.plot(epochs, test_values, "-o", color=TEST_COLOR, markersize=3, label="test")
-
-
-def first_epoch_above(accuracies, target=TARGET_ACCURACY):
-    """Return the first epoch from which every accuracy is at least `target` (percent), or None."""
-    first = None
-    for epoch, accuracy in enumerate(accuracies, 1):
-        if accuracy < target:
-            first = None
-        elif first is None:
-            first = epoch
-    return first
+def first_epoch_above(accuracies):
+    """Return the first epoch from which every accuracy is at least the target, or None."""
+    last = list(itertools.takewhile(lambda accuracy: accuracy >= TARGET_ACCURACY, reversed(accuracies)))
+    if not last:
+        return None
+    return len(accuracies) - len(last) + 1
 
 
 def number_of(count, noun):
@@ -311,23 +271,21 @@ def check_target(history):
     return f"{target}: met"
 
 
-def most_confused(confusion, count=3):
-    """Return the most confused pairs of digits as text, one line per pair.
+def most_confused(confusion):
+    """Return the three most confused pairs of digits as text, one line per pair.
 
     `confusion` `(10, 10)` counts images by true (row) and predicted (column) digit.
     """
     both_ways = (confusion + confusion.T).triu(diagonal=1)  # 4 predicted as 9, and 9 as 4
-    numbers, places = both_ways.flatten().sort(descending=True, stable=True)
+    pairs = sorted(both_ways.nonzero(), key=lambda pair: both_ways[tuple(pair)], reverse=True)
     lines = []
-    for number, place in zip(numbers[:count].tolist(), places[:count].tolist(), strict=True):
-        if number > 0:
-            one, other = divmod(place, DIGITS)
-            lines.append(f"{one} and {other}: {number_of(number, 'image')}")
+    for one, other in pairs[:3]:
+        lines.append(f"{one} and {other}: {number_of(both_ways[one, other].item(), 'image')}")
     return "\n".join(lines) or "no digits were confused"
 
 
-class Mistake(NamedTuple):
-    """A misclassified image."""
+class Prediction(NamedTuple):
+    """An image and what a model predicts for it."""
 
     image: torch.Tensor  # normalized, (1, 28, 28)
     target: int
@@ -340,19 +298,18 @@ def find_mistakes(model, device, test_loader):
     """Return the confusion matrix and the misclassified images of a model.
 
     The matrix `(10, 10)` counts images by true (row) and predicted (column) digit. The images are a
-    list of `Mistake`, most confident first.
+    list of `Prediction`, most confident first.
     """
     model.eval()
     confusion = torch.zeros(DIGITS, DIGITS, dtype=torch.long)
     mistakes = []
     for data, target in test_loader:
         probability, predicted = model(data.to(device)).softmax(dim=1).max(dim=1)
-        target = target.cpu()
-        predicted = predicted.cpu()
-        confusion.index_put_((target, predicted), torch.ones_like(target), accumulate=True)
-        for i in target.ne(predicted).nonzero().flatten().tolist():
-            mistake = Mistake(data[i].cpu(), target[i].item(), predicted[i].item(), probability[i].item())
-            mistakes.append(mistake)
+        columns = [data.cpu(), target.tolist(), predicted.tolist(), probability.tolist()]
+        for prediction in map(Prediction, *columns):
+            confusion[prediction.target, prediction.predicted] += 1
+            if prediction.predicted != prediction.target:
+                mistakes.append(prediction)
     mistakes.sort(key=lambda mistake: mistake.probability, reverse=True)
     return confusion, mistakes
 
@@ -371,21 +328,14 @@ def plot_confusion(confusion, title):
     wrong = confusion.clone().fill_diagonal_(0)
     figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
     axis.imshow(wrong.numpy(), cmap="Oranges", vmax=max(2 * wrong.max().item(), 1))
-    for target in range(DIGITS):
-        for predicted in range(DIGITS):
-            count = confusion[target, predicted].item()
-            axis.text(predicted, target, count or "·", color="black", ha="center", va="center", fontsize=9)
+    for (target, predicted), count in np.ndenumerate(confusion.numpy()):
+        axis.text(predicted, target, count or "·", color="black", ha="center", va="center", fontsize=9)
     labels = [f"{digit}  ({share:.1f} %)" for digit, share in enumerate(accuracy.tolist())]
     axis.set_yticks(range(DIGITS), labels)
-    axis.set_xticks(range(DIGITS))
-    axis.set_xlabel("predicted digit")
-    axis.set_ylabel("true digit (accuracy)")
+    axis.set(xticks=range(DIGITS), xlabel="predicted digit", ylabel="true digit (accuracy)")
     axis.set_title(f"{title}: confusion matrix")
     count = number_of(wrong.sum().item(), "misclassified image")
     show_figure(figure, "confusion", f"{title}: confusion matrix with {count}")
-
-
-FEATURE_COLUMNS = 10  # how many channels `plot_features` shows
 
 
 def plot_features(model, image, title):
@@ -401,25 +351,20 @@ def plot_features(model, image, title):
     if filters.dim() == 4 and filters.shape[1] == 1:
         height, width = filters.shape[2:]
         rows.append((f"filters\n{height}×{width}", filters[:, 0]))
-    names = [name for name, _ in model.named_children()]
-    fields = measure_fields(model, names)
-    outputs = record_outputs(model, names, image.unsqueeze(0))
+    blocks = dict(model.named_children())
+    fields = measure_fields(model, blocks)
+    outputs = record_outputs(model, blocks, image.unsqueeze(0))
     for (name, output), (_, field) in zip(outputs, fields, strict=True):
         if output.dim() == 4:
             channels, height, width = output.shape[1:]
-            label = f"{name}\n{channels}×{height}×{width}\nfield {field}"
-            rows.append((label, output[0]))
-    figure, axes = plt.subplots(
-        len(rows), FEATURE_COLUMNS, figsize=(7, 0.72 * len(rows)), layout="constrained", squeeze=False
-    )
+            rows.append((f"{name}\n{channels}×{height}×{width}\nfield {field}", output[0]))
+    figure, axes = plt.subplots(len(rows), 10, layout="constrained", squeeze=False, subplot_kw=NO_TICKS)
+    figure.set_size_inches(7, 0.72 * len(rows))
     figure.suptitle(title, fontsize=10)
     for row_axes, (label, channels) in zip(axes, rows, strict=True):
-        low = channels.min().item()
-        high = channels.max().item()
+        scale = {"vmin": channels.min().item(), "vmax": channels.max().item()}
         for axis, channel in zip(row_axes, channels, strict=False):
-            axis.imshow(channel.numpy(), cmap="gray", vmin=low, vmax=high)
-        for axis in row_axes:
-            axis.set(xticks=[], yticks=[])
+            axis.imshow(channel.numpy(), cmap="gray", **scale)
         for axis in row_axes[len(channels) :]:
             axis.set_axis_off()
         row_axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
@@ -435,21 +380,18 @@ def plot_fields(model, image, title):
     Blocks with the same receptive field share a square.
     """
     model = unwrap(model)
-    names = [name for name, _ in model.named_children()]
-    members = {}
-    for name, field in measure_fields(model, names):
+    blocks = {}
+    for name, field in measure_fields(model, dict(model.named_children())):
         if field is not None:
-            members.setdefault(field, []).append(name)
-    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+            blocks.setdefault(field, []).append(name)
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained", subplot_kw=NO_TICKS)
     axis.imshow(image.numpy(), cmap="gray_r")
-    colors = plt.get_cmap("viridis")
-    for number, (field, blocks) in enumerate(members.items()):
+    axis.set_title(title, fontsize=10)
+    for number, (field, names) in enumerate(blocks.items()):
         corner = (SIDE - field) / 2 - 0.5
         square = plt.Rectangle((corner, corner), field, field, fill=False, linewidth=2)
-        square.set_edgecolor(colors(number / len(members)))
-        square.set_label(f"{field}×{field}: {', '.join(blocks)}")
+        square.set_edgecolor(plt.get_cmap("viridis")(number / len(blocks)))
+        square.set_label(f"{field}×{field}: {', '.join(names)}")
         axis.add_patch(square)
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(title, fontsize=10)
     figure.legend(loc="outside right center")
     show_figure(figure, "fields", f"{title}, as squares on one image")
