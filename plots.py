@@ -85,9 +85,9 @@ def layer_table(model):
 def measure_fields(model, names):
     """Return modules, given by name, and their receptive fields: a list of pairs, one for each call.
 
-    A field is given by its side length in pixels, and None if it cannot be measured. It is the number of
-    rows of the image that the middle row of the output depends on: NaN in such a row makes the output NaN,
-    whatever the layers are, and whatever their weights. It is at most the height of the image.
+    A field is given by its side length in pixels, and None if it cannot be measured. It spans the rows of
+    the image that the middle row of the output depends on: NaN in such a row makes the output NaN, whatever
+    the layers are, and whatever their weights. It is at most the height of the image.
     """
     images = torch.zeros(SIDE, 1, SIDE, SIDE)
     row = torch.arange(SIDE)
