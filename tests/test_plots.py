@@ -125,6 +125,8 @@ def test_at_most_20_digits_are_plotted_with_captions(small, figures):
     assert [axis.get_title() for axis in axes] == [str(number) for number in range(20)]
     assert figures[0].alt.startswith("25 images: 0, 1")
     assert figures[0].alt.endswith(", 18, 19")
+    plots.plot_digits(data, [""] * 20, "no captions", "name")
+    assert figures[1].alt == "no captions"
 
 
 # ---- history ----
