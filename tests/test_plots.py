@@ -68,7 +68,7 @@ def test_summary_measures_what_forward_does_and_counts_each_parameter_once():
 )
 def test_receptive_fields_of_the_models(name, fields):
     model = create_model(name)
-    blocks = [name for name, _ in model.named_children()]
+    blocks = list(dict(model.named_children()))
     assert plots.measure_fields(model, blocks) == list(zip(blocks, fields, strict=True))
 
 
@@ -122,7 +122,7 @@ def test_at_most_20_digits_are_plotted_with_captions(small, figures):
     plots.plot_digits(data, range(25), "25 images", "name")
     axes = figures[0].figure.axes
     assert torch.equal(shown_images(axes), data[:20, 0])
-    assert [axis.get_title() for axis in axes] == [str(number) for number in range(20)]
+    assert [axis.get_title() for axis in axes] == list(map(str, range(20)))
     assert figures[0].alt.startswith("25 images: 0, 1")
     assert figures[0].alt.endswith(", 18, 19")
     plots.plot_digits(data, [""] * 20, "no captions", "name")
@@ -305,7 +305,7 @@ def test_features_are_those_of_each_block(figures):
         torch.testing.assert_close(shown_images(row).float(), data[0, :10])
         scale = (data.min().item(), data.max().item())
         assert row[0].images[0].get_clim() == pytest.approx(scale)  # one for the whole row
-    assert [axis.get_xlabel() for axis in row] == [str(digit) for digit in range(10)]
+    assert [axis.get_xlabel() for axis in row] == list(map(str, range(10)))
 
 
 def test_features_of_other_networks_are_those_that_are_images(figures):
