@@ -47,9 +47,7 @@ MEAN = 0.1307  # of the 60,000 training images, with pixels scaled to [0, 1]
 STD = 0.3081
 BLACK = -MEAN / STD  # a black pixel after normalization
 
-#############################################
-#             Training and test             #
-#############################################
+# ---- training and test ----
 
 
 def GetCorrectPredCount(pred, target):
@@ -175,9 +173,7 @@ def unwrap(model):
     return getattr(model, "_orig_mod", model)  # set by torch.compile
 
 
-#############################################
-#                   Data                    #
-#############################################
+# ---- data ----
 
 MNIST_MD5 = {  # of the four uncompressed original files
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -398,9 +394,7 @@ def draw_standin(train):
     return DigitSet("stand-in digits (not MNIST)", images, labels)
 
 
-#############################################
-#           Recipes and settings            #
-#############################################
+# ---- recipes and settings ----
 
 
 @dataclass
@@ -473,9 +467,7 @@ def check_settings(model, epochs, batch_size, seed, resume):
         raise ValueError(f"RESUME is {resume!r}: choose True or False")
 
 
-#############################################
-#           Runs and checkpoints            #
-#############################################
+# ---- runs and checkpoints ----
 
 
 @dataclass
