@@ -24,7 +24,7 @@ BACKGROUND_WINDOW = 0.35  # side of the closing's square as a share of the pictu
 THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest; the last is the crop's, as in draw.html
 MIN_CONTRAST = 0.1  # darkest ink of a digit
 MAX_ASPECT = 2.5  # width over height of a digit
-SHADING = 0.2  # share of the darkest ink: fainter outlines are shading, fainter ink in a frame is soiling
+SHADING = 0.2  # share of the darkest ink: fainter outlines are shading, fainter ink in a frame is dirt
 NEGLIGIBLE = 0.04  # sizes and gaps below this share do not count
 COMPARABLE = 0.3  # share of another's height (second digit, digit in a frame) or darkest ink (digit's parts)
 REACH = 0.2  # distance of a digit's parts as a share of its longest side
@@ -33,17 +33,18 @@ STROKE = 0.15  # pixel of the network's input above which it belongs to a stroke
 STROKE_MEAN = 0.7  # mean of the pixels of strokes; its median in MNIST is 0.77
 
 
-class Components(NamedTuple):
-    """Measurements of connected components `(N,)`; number 0 is the background."""
+class Component(NamedTuple):
+    """A connected component of the ink above a threshold."""
 
-    energy: torch.Tensor  # sum of the squared contrast along the outline: high for strokes, low for shading
-    area: torch.Tensor  # in pixels
-    peak: torch.Tensor  # the darkest ink
-    top: torch.Tensor
-    bottom: torch.Tensor  # exclusive
-    left: torch.Tensor
-    right: torch.Tensor  # exclusive
-    touching: torch.Tensor  # number of pixels on the picture's border
+    threshold: float  # share of the darkest ink
+    mask: torch.Tensor  # (H, W)
+    top: int
+    bottom: int  # exclusive
+    left: int
+    right: int  # exclusive
+    peak: float  # its darkest ink
+    border: torch.Tensor  # number of its pixels on the picture's border
+    energy: float  # squared contrast along its outline: high for strokes, low for shading
 
     @property
     def height(self):
@@ -54,33 +55,12 @@ class Components(NamedTuple):
         return self.right - self.left
 
     @property
-    def extent(self):
-        return torch.maximum(self.height, self.width)
+    def may_be_digit(self):
+        return self.peak > MIN_CONTRAST and self.width < MAX_ASPECT * self.height
 
     @property
-    def box(self):
-        """The four sides `(N, 4)`: larger numbers are further out."""
-        return torch.stack([-self.top, self.bottom, -self.left, self.right], dim=1)
-
-
-class Candidate(NamedTuple):
-    """What may be the digit: the component with the most energy at one threshold."""
-
-    ink: torch.Tensor  # (H, W), of the whole picture
-    labels: torch.Tensor  # (H, W)
-    components: Components
-    is_frame: torch.Tensor  # (N,)
-    main: int
-    score: float
-
-    @property
-    def touches_border(self):
-        return bool(self.components.touching[self.main] > 0)
-
-    @property
-    def fills_picture(self):
-        """Whether the digit is as high or as wide as the picture's longest side, or nearly so."""
-        return bool(self.components.extent[self.main] > (1 - 2 * NEGLIGIBLE) * max(self.ink.shape))
+    def score(self):
+        return self.energy * (1 - self.border / (self.height + self.width))
 
 
 class Digit(NamedTuple):
@@ -178,162 +158,123 @@ def label_components(mask):
         labels = new_labels
 
 
-def measure_components(labels, ink, contrast):
-    """Return the `Components` numbered by `labels`, given each pixel's ink and contrast (all `(H, W)`)."""
-    height, width = labels.shape
-    count = int(labels.max()) + 1
-    outline = (labels > 0) & (erode((labels > 0).float()) == 0)
-    rows = torch.arange(height)[:, None].expand(height, width)
-    columns = torch.arange(width).expand(height, width)
-    on_border = (rows == 0) | (rows == height - 1) | (columns == 0) | (columns == width - 1)
+def bounding_box(mask):
+    """Return the top, bottom, left and right of `mask` `(H, W)`; bottom and right are exclusive."""
+    rows = mask.any(dim=1).nonzero()
+    columns = mask.any(dim=0).nonzero()
+    return rows[0].item(), rows[-1].item() + 1, columns[0].item(), columns[-1].item() + 1
 
-    def total(numbers):
-        return torch.zeros(count).scatter_add(0, labels.flatten(), numbers.flatten().float())
 
-    def largest(numbers):
-        zeros = torch.zeros(count, dtype=numbers.dtype)
-        return zeros.scatter_reduce(0, labels.flatten(), numbers.flatten(), "amax")
-
-    peak = largest(ink)
-    return Components(
-        energy=total(contrast.square() * outline) - (SHADING * peak).square() * total(outline),
-        area=total(labels > 0),
-        peak=peak,
-        top=height - largest(height - rows),
-        bottom=largest(rows + 1),
-        left=width - largest(width - columns),
-        right=largest(columns + 1),
-        touching=total(on_border),
-    )
+def find_components(ink, threshold):
+    """Return the `Component`s of the ink `(H, W)` above a share of the darkest, without specks."""
+    longest = max(ink.shape)
+    reach = max(2, round(NEGLIGIBLE * longest / 2))  # at least 2: small pictures may be soft
+    contrast = dilate(ink, reach) - erode(ink, reach)
+    is_ink = ink > threshold * ink.max()
+    is_outline = is_ink & (erode(is_ink.float()) == 0)
+    labels = label_components(is_ink)
+    areas = labels[is_ink].bincount()
+    components = []
+    for label in (areas > NEGLIGIBLE * longest).nonzero():
+        mask = labels == label
+        peak = ink[mask].max()
+        border = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
+        energy = (contrast[mask & is_outline].square() - (SHADING * peak).square()).sum()
+        components.append(Component(threshold, mask, *bounding_box(mask), peak.item(), border, energy.item()))
+    return components
 
 
 # ---- the digit among the components ----
 
 
-def find_candidates(ink):
-    """Return the `Candidate` at each threshold in `ink` `(H, W)`; printed frames are none.
+def find_main(ink):
+    """Return the component of the ink `(H, W)` that is the digit, or most of it, and those around it.
 
-    A frame may be darker than pencil and remain alone at a high threshold, and it may be one component
-    with the digit at a low one. So what it encloses is remembered, and candidates with its box are dropped.
+    A printed frame may be darker than pencil and remain alone at a high threshold, and it may be one
+    component with the digit at a low one. So a frame is remembered, and what has its box is left out. Raise
+    ValueError if there is no digit.
     """
-    reach = max(2, round(NEGLIGIBLE * max(ink.shape) / 2))  # at least 2: small pictures may be soft
-    contrast = dilate(ink, reach) - erode(ink, reach)
-    candidates = []
-    inner_boxes = []
-    inner_peaks = []
-    frame_boxes = []
-    for share in THRESHOLDS:
-        labels = label_components(ink > share * ink.max())
-        components = measure_components(labels, ink, contrast)
-        plausible = components.extent > NEGLIGIBLE * max(ink.shape)
-        plausible &= components.peak > MIN_CONTRAST
-        plausible &= components.width < MAX_ASPECT * components.height
-        plausible[0] = False
-        inner_boxes.append(components.box[plausible])
-        inner_peaks.append(components.peak[plausible])
-        is_frame = find_frames(components, torch.cat(inner_boxes), torch.cat(inner_peaks))
-        frame_boxes.append(components.box[is_frame])
-        share_inside = 1 - components.touching / (components.height + components.width)
-        scores = components.energy * share_inside.clamp(min=0) * (plausible & ~is_frame)
-        main = int(scores.argmax())
-        if scores[main] > MIN_CONTRAST**2 * max(ink.shape):
-            candidates.append(Candidate(ink, labels, components, is_frame, main, scores[main].item()))
-    frames = torch.cat(frame_boxes)
-    return [candidate for candidate in candidates if not has_box_of_a_frame(candidate, frames)]
+    components = []
+    frames = []
+    for threshold in THRESHOLDS:
+        components += find_components(ink, threshold)
+        for component in components:
+            if component.threshold == threshold and is_frame(component, components):
+                frames.append(component)
+    components = [component for component in components if not has_box_of_any(component, frames)]
+    candidates = [component for component in components if component.may_be_digit]
+    main = max(candidates, key=lambda component: component.score, default=None)
+    if main is None or main.score < MIN_CONTRAST**2 * max(ink.shape):
+        raise ValueError("no digit found: give a picture of one digit that stands out from its background")
+    return main, [component for component in components if component.threshold == main.threshold]
 
 
-def find_frames(components, inner_boxes, inner_peaks):
-    """Return which components `(N,)` enclose one of the boxes `(M, 4)` of what may be a digit."""
-    encloses = (components.box[:, None] > inner_boxes).all(dim=2)
-    inner_heights = inner_boxes[:, 0] + inner_boxes[:, 1]
-    encloses &= inner_heights > COMPARABLE * components.height[:, None]
-    encloses &= inner_peaks > SHADING * components.peak[:, None]
-    is_frame = encloses.any(dim=1)
-    is_frame[0] = False
-    return is_frame
+def is_frame(frame, components):
+    """Return whether a component encloses one of the others that may be a digit."""
+    for inner in components:
+        is_inside = inner.top > frame.top and inner.bottom < frame.bottom
+        is_inside &= inner.left > frame.left and inner.right < frame.right
+        is_tall = inner.height > COMPARABLE * frame.height
+        is_dark = inner.peak > SHADING * frame.peak
+        if inner.may_be_digit and is_inside and is_tall and is_dark:
+            return True
+    return False
 
 
-def has_box_of_a_frame(candidate, frames):
-    """Return whether the candidate's box is one of `frames` `(M, 4)`, apart from soft edges."""
-    components = candidate.components
-    main = candidate.main
-    distance = (frames - components.box[main]).abs().amax(dim=1)
-    return bool((distance < NEGLIGIBLE * components.extent[main]).any())
+def has_box_of_any(component, frames):
+    """Return whether the box of a component is that of a frame, apart from soft edges."""
+    tolerance = NEGLIGIBLE * max(component.height, component.width)
+    for frame in frames:
+        vertical = max(abs(component.top - frame.top), abs(component.bottom - frame.bottom))
+        horizontal = max(abs(component.left - frame.left), abs(component.right - frame.right))
+        if max(vertical, horizontal) < tolerance:
+            return True
+    return False
 
 
-def find_filling_candidates(picture):
-    """Return the `Candidate`s that fill the picture `(H, W)`, in both polarities.
+def select_parts(main, components):
+    """Return the components that belong to the digit of which `main` is one.
 
-    The strokes of such a digit may be wider than the closing's square, so the background is constant.
+    Raise ValueError if there is a second digit beside it.
     """
-    candidates = []
-    for dark_on_light in (picture, 1 - picture):
-        ink = (dark_on_light.quantile(0.9) - dark_on_light).clamp(min=0)
-        candidates += [candidate for candidate in find_candidates(ink) if candidate.fills_picture]
-    return candidates
-
-
-def select_parts(candidate):
-    """Return which components `(N,)` belong to the digit.
-
-    Raise ValueError if there is a second digit: beside the main component, at least half as tall.
-    """
-    components = candidate.components
-    main = candidate.main
-    height = components.height
-    reach = REACH * components.extent[main]
-    is_part = components.area > NEGLIGIBLE * components.area[main]
-    is_part &= components.peak > COMPARABLE * components.peak[main]
-    is_part &= ~candidate.is_frame
-    is_part[0] = False
-    # What the border cuts and what juts out is a neighbor, or the table
-    within = components.left > components.left[main] - 2 * reach
-    within &= components.right < components.right[main] + 2 * reach
-    is_part &= within | (components.touching == 0)
-
-    gap = torch.maximum(components.left - components.right[main], components.left[main] - components.right)
-    is_second = gap > NEGLIGIBLE * torch.maximum(height, height[main])
-    is_second &= is_part & (height > COMPARABLE * height[main])
-    if is_second.any():
-        raise ValueError("more than one digit found: give a picture of one digit")
-
-    is_part &= components.top < components.bottom[main] + reach
-    is_part &= components.bottom > components.top[main] - reach
-    is_part &= components.left < components.right[main] + reach
-    is_part &= components.right > components.left[main] - reach
-    is_part[main] = True
-    return is_part
-
-
-def bounding_box(ink):
-    """Return the top, bottom, left and right of the ink, without the fainter part of soft edges."""
-    is_ink = ink > THRESHOLDS[-1] * ink.max()
-    rows = is_ink.any(dim=1).nonzero()
-    columns = is_ink.any(dim=0).nonzero()
-    return rows[0].item(), rows[-1].item() + 1, columns[0].item(), columns[-1].item() + 1
+    reach = REACH * max(main.height, main.width)
+    parts = []
+    for component in components:
+        beside = max(component.left - main.right, main.left - component.right)
+        above_or_below = max(component.top - main.bottom, main.top - component.bottom)
+        juts_out = max(main.left - component.left, component.right - main.right) > 2 * reach
+        # What the border cuts is a neighbor or the table, unless it cuts the digit, too
+        is_cut = component.border > 0 and (main.border == 0 or juts_out)
+        is_speck = component.mask.sum() < NEGLIGIBLE * main.mask.sum()
+        is_faint = component.peak < COMPARABLE * main.peak
+        if is_cut or is_speck or is_faint:
+            continue
+        is_apart = beside > NEGLIGIBLE * max(component.height, main.height)
+        if is_apart and component.height > COMPARABLE * main.height:
+            raise ValueError("more than one digit found: give a picture of one digit")
+        if beside < reach and above_or_below < reach:
+            parts.append(component)
+    return parts
 
 
 def find_digit(image):
     """Return the `Digit` in a picture, which is what `read_picture` accepts.
 
-    The picture may be of any size, dark on light or light on dark, evenly lit or not. At each threshold, the
-    component with the most contrast along its outline competes. Raise ValueError if the picture shows no
-    digit, or several side by side.
+    The picture may be of any size, dark on light or light on dark, evenly lit or not. Raise ValueError if it
+    shows no digit, or several side by side.
     """
     picture = read_picture(image)
     small = picture
     if max(picture.shape) > WORKING_SIZE:
         small = resize(picture, WORKING_SIZE)
-    candidates = find_candidates(extract_ink(small))
-    if all(candidate.touches_border for candidate in candidates):
-        candidates += find_filling_candidates(small)
-    if not candidates:
-        raise ValueError("no digit found: give a picture of one digit that stands out from its background")
-    best = max(candidates, key=lambda candidate: candidate.score)
-    mask = select_parts(best)[best.labels]
-    ink = best.ink * dilate(mask.float())  # with the soft edges
+    ink = extract_ink(small)
+    main, components = find_main(ink)
+    mask = torch.zeros(ink.shape)
+    for part in select_parts(main, components):
+        mask += part.mask
+    ink = ink * dilate(mask)  # with the soft edges
     ink = ink / ink.max()
-    top, bottom, left, right = bounding_box(ink)
+    top, bottom, left, right = bounding_box(ink > THRESHOLDS[-1])
     height, width = ink.shape
     box = (top / height, bottom / height, left / width, right / width)
     ink = ink[top:bottom, left:right]
@@ -379,16 +320,12 @@ def normalize(image):
 
 
 def normalize_pixels(pixels):
-    """Return an MNIST image, `(28, 28)` or `(1, 28, 28)`, as the network's input; see `predict`."""
+    """Return an MNIST image, a tensor or an array of 28×28 pixels, as the network's input; see `predict`."""
     pixels = torch.as_tensor(pixels)
-    if tuple(pixels.shape) not in ((SIDE, SIDE), (1, SIDE, SIDE)):
-        raise ValueError(
-            f"pixels of shape {tuple(pixels.shape)}: give 28×28 pixels, or a picture as a path or a PIL image"
-        )
     if pixels.dtype == torch.uint8:
         pixels = pixels / 255
-    if pixels.min() < 0 or pixels.max() > 1:
-        raise ValueError("give pixels before normalization: uint8 from 0 to 255, or floats from 0 to 1")
+    if pixels.numel() != SIDE * SIDE or pixels.min() < 0 or pixels.max() > 1:
+        raise ValueError("give 28×28 pixels before normalization: uint8 from 0 to 255, or floats from 0 to 1")
     return normalize(pixels)
 
 
@@ -420,11 +357,9 @@ def plot_prediction(digit, probabilities):
 
     height, width = digit.picture.shape
     top, bottom, left, right = digit.box
-    corner = (left * width - 0.5, top * height - 0.5)
-    frame_width = (right - left) * width
-    frame_height = (bottom - top) * height
-    frame = plt.Rectangle(corner, frame_width, frame_height, fill=False, edgecolor=TEST_COLOR)
-    axes[0].imshow(digit.picture.numpy(), cmap="gray", vmin=0, vmax=1)
+    frame = plt.Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=TEST_COLOR)
+    shares = {"extent": (0, 1, 1, 0), "aspect": height / width}  # the coordinates of the box
+    axes[0].imshow(digit.picture.numpy(), cmap="gray", vmin=0, vmax=1, **shares)
     axes[0].add_patch(frame)
     axes[0].set_title("the picture as read")
     axes[1].imshow(digit.ink.numpy(), cmap="gray_r", vmin=0, vmax=1)

@@ -199,5 +199,6 @@ def test_the_figure_shows_the_picture_the_digit_the_input_and_the_probabilities(
     assert heights == pytest.approx(probabilities.tolist())
     assert "prediction: 9" in figures[0].alt
     frame = picture.patches[0]
-    assert frame.get_xy() == pytest.approx((79.5, 19.5))
-    assert (frame.get_width(), frame.get_height()) == pytest.approx((30, 200))
+    assert frame.get_xy() == pytest.approx((80 / 200, 20 / 240))
+    assert (frame.get_width(), frame.get_height()) == pytest.approx((30 / 200, 200 / 240))
+    assert picture.images[0].get_extent() == [0, 1, 1, 0]
