@@ -48,7 +48,7 @@ def checkpoint_path(name):
     return Path(os.environ.get("S7_CHECKPOINTS") or "checkpoints") / f"{name}.pt"
 
 
-def train_model(name, model, optimizer, scheduler, recipe, data, epochs, seed, criterion=F.nll_loss):
+def train_model(name, model, optimizer, scheduler, recipe, data, epochs, seed):
     """Train as the notebook does; return the `History`.
 
     The recipe gives the batch size and the augmentation, and `data` is the training and the test set. An
@@ -69,7 +69,7 @@ def train_model(name, model, optimizer, scheduler, recipe, data, epochs, seed, c
         scheduler,
         train_loader,
         test_loader,
-        criterion,
+        F.nll_loss,
         epochs,
         seed,
         augmented_epochs,
@@ -78,8 +78,8 @@ def train_model(name, model, optimizer, scheduler, recipe, data, epochs, seed, c
     for epoch in run.remaining_epochs():
         if epoch > augmented_epochs:
             train_loader.augmentation = None
-        train_loss, train_acc = utils.train(model, device, train_loader, optimizer, criterion)
-        test_loss, test_acc = utils.test(model, device, test_loader, criterion)
+        train_loss, train_acc = utils.train(model, device, train_loader, optimizer, F.nll_loss)
+        test_loss, test_acc = utils.test(model, device, test_loader, F.nll_loss)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(test_loss)
         elif scheduler.last_epoch < epoch:  # a hook of the optimizer may have stepped it after every batch

@@ -71,20 +71,6 @@ def test_validation_split_is_the_one_of_the_recorded_runs():
     assert torch.equal(validation_set.labels, order[50_000:])
 
 
-def test_student_learns_from_labels_and_teacher_half_and_half():
-    """At temperature 2, scores of ±ln 9 give probabilities of 9/10 and 1/10, scores of ±ln 4 4/5 and 1/5."""
-    student = torch.nn.Identity()
-    teacher_scores = torch.tensor([[4.0, 1 / 4]]).log()
-    criterion = search.TeacherLoss(student, torch.nn.Linear(2, 2), temperature=2)
-    criterion.teacher = lambda batch: teacher_scores
-    output = student(torch.tensor([[9.0, 1 / 9]]).log().log_softmax(dim=1).requires_grad_())
-    target = torch.tensor([0])
-    label_loss = torch.tensor(82 / 81).log()
-    assert criterion(output.detach(), target) == pytest.approx(label_loss)
-    divergence = 0.8 * torch.tensor(0.8 / 0.9).log() + 0.2 * torch.tensor(0.2 / 0.1).log()
-    assert criterion(output, target).item() == pytest.approx(0.5 * label_loss + 0.5 * 4 * divergence)
-
-
 def test_results_are_hand_computed_values():
     """The first epoch with at least 99.4 % from there on is 3 and 2: the later one is reported."""
     runs = histories(ABOVE_FROM_3, ABOVE_FROM_2)
