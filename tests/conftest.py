@@ -21,7 +21,10 @@ matplotlib.use("agg")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores Ctrl-C
 torch.set_num_threads(1)  # results depend, in the last bits, on the thread count
 
-PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+# Remove the user's settings
+for name in list(os.environ):
+    if name.startswith("S7_") or name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        del os.environ[name]
 
 
 class Shown(NamedTuple):
@@ -38,10 +41,7 @@ class Shown(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def isolation(monkeypatch, tmp_path):
-    """Isolate a test from the user's environment variables, from ./data and from the network."""
-    for name in list(os.environ):
-        if name.startswith("S7_") or name.lower() in PROXY_VARIABLES:
-            monkeypatch.delenv(name)
+    """Isolate a test from ./data and from the network."""
     monkeypatch.setenv("MNIST_ROOT", str(tmp_path))
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])  # refused
     torch.manual_seed(0)
