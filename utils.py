@@ -314,7 +314,7 @@ def load_data(standin=True):
     root = Path(os.environ.get("MNIST_ROOT") or "./data").expanduser()
     folder = root / "MNIST" / "raw"
     try:
-        if bad_files(folder):
+        if not all(check_integrity(folder / name, md5) for name, md5 in MNIST_MD5.items()):
             download_mnist(folder)
     except RuntimeError as error:
         if not standin or wanted == "0":
@@ -329,16 +329,11 @@ def read_mnist(folder, part):
     return DigitSet("MNIST", images, read_label_file(folder / f"{part}-labels-idx1-ubyte"))
 
 
-def bad_files(folder):
-    """Return the paths of MNIST's four files that are missing in a folder or have another MD5."""
-    return [folder / name for name, md5 in MNIST_MD5.items() if not check_integrity(folder / name, md5)]
-
-
 def download_mnist(folder):
     """Download MNIST's files into a folder, with a timeout of 15 seconds per mirror.
 
     They are moved there when they are complete, so that several processes can download at the same time.
-    Raise RuntimeError, naming a bad file and the remedy, if that fails.
+    Raise RuntimeError, naming the remedy, if that fails.
     """
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(MIRROR_TIMEOUT)
@@ -349,13 +344,11 @@ def download_mnist(folder):
             for name in MNIST_MD5:
                 os.replace(complete / name, folder / name)
     except (OSError, RuntimeError, HTTPException) as error:
-        remaining = bad_files(folder)
-        if remaining:  # no other process has downloaded them
-            reason = " ".join(f"{type(error).__name__} {error}".split())
-            raise RuntimeError(
-                f"{remaining[0]} is missing or corrupted and could not be downloaded ({reason}): check the"
-                " network connection and rerun, place the original file there, or set MNIST_ROOT"
-            ) from None
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise RuntimeError(
+            f"MNIST in {folder} is missing or corrupted and could not be downloaded ({reason}): check the"
+            " network connection and rerun, place the four original files there, or set MNIST_ROOT"
+        ) from None
     finally:
         socket.setdefaulttimeout(previous_timeout)
 
