@@ -20,7 +20,7 @@ from plots import TEST_COLOR, show_figure
 from utils import MEAN, SIDE, STD
 
 WORKING_SIZE = 256  # longest side, in pixels, of the picture in which the digit is looked for
-BACKGROUND_WINDOW = 0.35  # side of the closing's square as a share of the picture's longest side
+BACKGROUND_WINDOW = 0.4  # side of the closing's square as a share of the picture's longest side
 THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest; the last is the crop's, as in draw.html
 MIN_CONTRAST = 0.1  # darkest ink of a digit
 MAX_ASPECT = 2.5  # width over height of a digit
