@@ -24,7 +24,6 @@ BACKGROUND_WINDOW = 0.4  # side of the closing's square as a share of the pictur
 THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest; the last is the crop's, as in draw.html
 MIN_CONTRAST = 0.1  # darkest ink of a digit
 MAX_ASPECT = 2.5  # width over height of a digit
-SHADING = 0.2  # share of the darkest ink: fainter outlines are shading, fainter ink in a frame is dirt
 NEGLIGIBLE = 0.04  # sizes and gaps below this share do not count
 COMPARABLE = 0.3  # share of another's height (second digit, digit in a frame) or darkest ink (digit's parts)
 REACH = 0.2  # distance of a digit's parts as a share of its longest side
@@ -42,9 +41,9 @@ class Component(NamedTuple):
     bottom: int  # exclusive
     left: int
     right: int  # exclusive
-    peak: float  # its darkest ink
+    peak: torch.Tensor  # its darkest ink
     border: torch.Tensor  # number of its pixels on the picture's border
-    energy: float  # squared contrast along its outline: high for strokes, low for shading
+    energy: torch.Tensor  # sum of the squared contrast along its outline: high for strokes, low for shading
 
     @property
     def height(self):
@@ -177,10 +176,9 @@ def find_components(ink, threshold):
     components = []
     for label in (areas > NEGLIGIBLE * longest).nonzero():
         mask = labels == label
-        peak = ink[mask].max()
         border = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
-        energy = (contrast[mask & is_outline].square() - (SHADING * peak).square()).sum()
-        components.append(Component(threshold, mask, *bounding_box(mask), peak.item(), border, energy.item()))
+        energy = contrast[mask & is_outline].square().sum()
+        components.append(Component(threshold, mask, *bounding_box(mask), ink[mask].max(), border, energy))
     return components
 
 
@@ -197,10 +195,9 @@ def find_main(ink):
     components = []
     frames = []
     for threshold in THRESHOLDS:
-        components += find_components(ink, threshold)
-        for component in components:
-            if component.threshold == threshold and is_frame(component, components):
-                frames.append(component)
+        found = find_components(ink, threshold)
+        components += found
+        frames += [component for component in found if is_frame(component, found)]
     components = [component for component in components if not has_box_of_any(component, frames)]
     candidates = [component for component in components if component.may_be_digit]
     main = max(candidates, key=lambda component: component.score, default=None)
@@ -215,8 +212,7 @@ def is_frame(frame, components):
         is_inside = inner.top > frame.top and inner.bottom < frame.bottom
         is_inside &= inner.left > frame.left and inner.right < frame.right
         is_tall = inner.height > COMPARABLE * frame.height
-        is_dark = inner.peak > SHADING * frame.peak
-        if inner.may_be_digit and is_inside and is_tall and is_dark:
+        if inner.may_be_digit and is_inside and is_tall:
             return True
     return False
 

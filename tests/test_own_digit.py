@@ -6,7 +6,7 @@ The pictures are those of the benchmark, drawn from stand-in digits.
 import own_digits
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import own_digit
 from model import create_model
@@ -127,6 +127,20 @@ def test_digits_are_read_as_in_their_images_and_other_pictures_are_rejected(smal
 def test_a_picture_without_a_digit_is_rejected(picture):
     with pytest.raises(ValueError, match="^no digit found: give .*"):
         own_digit.find_digit(picture)
+
+
+def test_a_mark_away_from_the_digit_is_left_out():
+    picture = draw_bar()
+    picture.paste(255, (170, 100, 190, 120))
+    assert difference(picture, draw_bar()) < 0.015
+
+
+def test_a_circle_with_a_small_dot_in_it_is_no_printed_frame():
+    picture = Image.new("L", (200, 240))
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((40, 20, 160, 220), outline=255, width=12)
+    draw.ellipse((80, 100, 120, 140), fill=255)
+    assert own_digit.find_digit(picture).box == pytest.approx((20 / 240, 221 / 240, 40 / 200, 161 / 200))
 
 
 def test_two_digits_side_by_side_are_rejected():
