@@ -1,6 +1,15 @@
 """Helpers that several test files share."""
 
+import pkgutil
+from unittest import mock
+
 import torch
+
+
+def interrupt(function, call):
+    """Return a context in which Ctrl-C is pressed in one of the calls of a function."""
+    effects = [mock.DEFAULT] * (call - 1) + [KeyboardInterrupt]
+    return mock.patch(function, wraps=pkgutil.resolve_name(function), side_effect=effects)
 
 
 def assert_identical(one, two):
