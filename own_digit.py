@@ -22,7 +22,7 @@ from utils import MEAN, SIDE, STD
 WORKING_SIZE = 256  # longest side, in pixels, of the picture in which the digit is looked for
 BACKGROUND_WINDOW = 0.4  # side of the closing's square as a share of the picture's longest side
 THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest; the last is the crop's, as in draw.html
-MIN_CONTRAST = 0.1  # darkest ink of a digit
+MIN_CONTRAST = 0.1  # of a digit's outline, if it is as long as the picture's longest side
 MAX_ASPECT = 2.5  # width over height of a digit
 NEGLIGIBLE = 0.04  # sizes and gaps below this share do not count
 COMPARABLE = 0.3  # share of another's height (second digit, digit in a frame) or darkest ink (digit's parts)
@@ -55,7 +55,7 @@ class Component(NamedTuple):
 
     @property
     def may_be_digit(self):
-        return self.peak > MIN_CONTRAST and self.width < MAX_ASPECT * self.height
+        return self.width < MAX_ASPECT * self.height
 
     @property
     def score(self):
@@ -238,12 +238,9 @@ def select_parts(main, components):
     for component in components:
         beside = max(component.left - main.right, main.left - component.right)
         above_or_below = max(component.top - main.bottom, main.top - component.bottom)
-        juts_out = max(main.left - component.left, component.right - main.right) > 2 * reach
-        # What the border cuts is a neighbor or the table, unless it cuts the digit, too
-        is_cut = component.border > 0 and (main.border == 0 or juts_out)
-        is_speck = component.mask.sum() < NEGLIGIBLE * main.mask.sum()
+        is_cut = component.border > 0 and main.border == 0  # a neighbor, or the table
         is_faint = component.peak < COMPARABLE * main.peak
-        if is_cut or is_speck or is_faint:
+        if is_cut or is_faint:
             continue
         is_apart = beside > NEGLIGIBLE * max(component.height, main.height)
         if is_apart and component.height > COMPARABLE * main.height:

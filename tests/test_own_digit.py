@@ -122,6 +122,7 @@ def test_digits_are_read_as_in_their_images_and_other_pictures_are_rejected(smal
         pytest.param(Image.new("L", (1, 1), 128), id="one pixel"),
         pytest.param(Image.new("RGBA", (50, 50), (0, 0, 0, 0)), id="transparent"),
         pytest.param(Image.linear_gradient("L"), id="gradient"),
+        pytest.param(draw_bar(box=(20, 110, 180, 118)), id="line"),
     ],
 )
 def test_a_picture_without_a_digit_is_rejected(picture):
@@ -129,10 +130,26 @@ def test_a_picture_without_a_digit_is_rejected(picture):
         own_digit.find_digit(picture)
 
 
-def test_a_mark_away_from_the_digit_is_left_out():
+@pytest.mark.parametrize(
+    ("width", "height", "mark", "ink"),
+    [
+        pytest.param(200, 240, (170, 100, 190, 120), 255, id="far to the right"),
+        pytest.param(200, 400, (90, 270, 110, 290), 255, id="far below"),
+        pytest.param(200, 240, (120, 100, 140, 120), 60, id="faint"),
+        pytest.param(140, 240, (120, 100, 140, 120), 255, id="cut by the border"),
+    ],
+)
+def test_what_does_not_belong_to_the_digit_is_left_out(width, height, mark, ink):
+    picture = draw_bar(width, height)
+    picture.paste(ink, mark)
+    box = (20 / height, 220 / height, 80 / width, 110 / width)
+    assert own_digit.find_digit(picture).box == pytest.approx(box, abs=1 / 128)  # two pixels of 256
+
+
+def test_parts_near_the_digit_belong_to_it():
     picture = draw_bar()
-    picture.paste(255, (170, 100, 190, 120))
-    assert difference(picture, draw_bar()) < 0.015
+    picture.paste(255, (120, 20, 160, 40))
+    assert own_digit.find_digit(picture).box == pytest.approx((20 / 240, 220 / 240, 80 / 200, 160 / 200))
 
 
 def test_a_circle_with_a_small_dot_in_it_is_no_printed_frame():
