@@ -31,9 +31,9 @@ PENCIL = 160
 PRINT = 30
 TABLE = 95
 
-SIDE = 640  # of a page, in pixels
-DIGIT = 320  # longest side of the digit on it, in pixels
-MNIST_DIGIT = 20 / 28  # share of an MNIST image that its digit takes
+PAGE_SIDE = 640  # of a page, in pixels
+DIGIT_SIDE = 320  # longest side of the digit on it, in pixels
+MNIST_SHARE = 20 / 28  # share of an MNIST image that its digit takes
 
 
 def uniform(random, low, high):
@@ -50,15 +50,15 @@ def choose(random, choices):
 
 
 def blank_page():
-    return torch.full((SIDE, SIDE), float(PAPER))
+    return torch.full((PAGE_SIDE, PAGE_SIDE), float(PAPER))
 
 
-def write_digit(image, size=DIGIT, ink=PEN, shift=(0, 0), degrees=0):
+def write_digit(image, size=DIGIT_SIDE, ink=PEN, shift=(0, 0), degrees=0):
     """Return a page with a 28×28 digit, white on black, in its middle, or `shift` pixels down and right."""
-    side = round(size / MNIST_DIGIT)
+    side = round(size / MNIST_SHARE)
     glyph = Image.fromarray(image.numpy()).resize((side, side), Image.BICUBIC).rotate(degrees, Image.BICUBIC)
-    coverage = Image.new("L", (SIDE, SIDE))
-    coverage.paste(glyph, ((SIDE - side) // 2 + shift[1], (SIDE - side) // 2 + shift[0]))
+    coverage = Image.new("L", (PAGE_SIDE, PAGE_SIDE))
+    coverage.paste(glyph, ((PAGE_SIDE - side) // 2 + shift[1], (PAGE_SIDE - side) // 2 + shift[0]))
     return PAPER + (ink - PAPER) * pil_to_tensor(coverage)[0].float() / 255
 
 
@@ -86,7 +86,7 @@ def add_shadow(page, random):
 def rule(page, random):
     """Rule the page with slightly tilted lines; the darker of line and ink wins."""
     place = along(page, math.pi / 2 + uniform(random, -0.03, 0.03))
-    return torch.where(place * SIDE % 40 < 2, page.clamp(max=175), page)
+    return torch.where(place * PAGE_SIDE % 40 < 2, page.clamp(max=175), page)
 
 
 def add_table(page, random):
@@ -143,7 +143,7 @@ def printed_box(images, random):
     middle_x = (left + right) // 2
     picture = to_picture(page, random)
     draw = ImageDraw.Draw(picture)
-    end = choose(random, (reach, SIDE))
+    end = choose(random, (reach, PAGE_SIDE))
     for side in (-reach, reach):
         x = middle_x + side
         y = middle_y + side
@@ -154,7 +154,7 @@ def printed_box(images, random):
 
 def neighbors_cut_by_the_border(images, random):
     """Write other digits at the left and right border, too, as a cut from a page shows them."""
-    shift = round(uniform(random, 1.2, 1.3) * DIGIT)
+    shift = round(uniform(random, 1.2, 1.3) * DIGIT_SIDE)
     page = write_digit(images[0])
     page = torch.minimum(page, write_digit(images[1], shift=(0, -shift)))
     page = torch.minimum(page, write_digit(images[2], shift=(0, shift)))
