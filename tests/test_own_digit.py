@@ -123,6 +123,7 @@ def test_digits_are_read_as_in_their_images_and_other_pictures_are_rejected(smal
         pytest.param(Image.new("RGBA", (50, 50), (0, 0, 0, 0)), id="transparent"),
         pytest.param(Image.linear_gradient("L"), id="gradient"),
         pytest.param(draw_bar(box=(20, 110, 180, 118)), id="line"),
+        pytest.param(own_digits.to_picture(own_digits.blank_page(), torch.Generator()), id="noise"),
     ],
 )
 def test_a_picture_without_a_digit_is_rejected(picture):
