@@ -80,6 +80,7 @@ def test_field_that_cannot_be_measured_is_left_empty():
     assert plots.summarize_model(nn.Sequential(nn.Conv2d(1, 1, 3), Constant()))[2][-1] == ""
 
 
+@pytest.mark.filterwarnings("ignore:TF32")
 def test_fields_do_not_depend_on_the_algorithm_of_a_convolution():
     """Without oneDNN, a batch of float32 is convolved in tiles."""
     with torch.backends.mkldnn.flags(enabled=False):
