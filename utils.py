@@ -828,10 +828,10 @@ def without_numpy(value):
 
 
 def save_checkpoint(path, content, keep=False):
-    """Write a checkpoint; at any moment, the file at `path` is the old or the new one, complete.
+    """Write a checkpoint; at any moment, the old or the new one is there, complete.
 
-    Missing folders are created. With `keep=True`, an existing file is kept under another name. Raise
-    OSError, naming the remedy, if the file cannot be written.
+    Missing folders are created. With `keep=True`, the old one is kept under another name. Raise OSError,
+    naming the remedy, if the file cannot be written.
     """
     unfinished = path.with_name(f"{path.name}.partial")
     try:
