@@ -2,15 +2,14 @@
 
     python benchmarks/own_digits.py checkpoints/Model4-seed1.pt
 
-The argument is the checkpoint of a full run. The program writes own_digits.csv, one row per kind of
-picture. Its columns in percent: `rejected`, the pictures that `predict` refuses; `accuracy`, the correctly
-classified ones, or, for the kinds that show no digit or several, the rejected ones, which should be all;
-`confident_errors`, the pictures that are misclassified with a probability above 90 %.
+The argument is the checkpoint of a full run. Writes own_digits.csv, one row per kind of picture, in percent:
+`rejected`, what `predict` refuses; `accuracy`, what is classified correctly, or rejected where there is no
+digit or several; `confident_errors`, what is misclassified with a probability above 90 %.
 """
 
-import argparse
 import io
 import math
+import sys
 
 import common
 import torch
@@ -97,10 +96,7 @@ def add_table(page, random):
 
 def ink_box(page):
     """Return the top, bottom, left and right of the pixels that are at least half ink."""
-    is_ink = page < (page.max() + page.min()) / 2
-    rows = is_ink.any(dim=1).nonzero()
-    columns = is_ink.any(dim=0).nonzero()
-    return rows[0].item(), rows[-1].item() + 1, columns[0].item(), columns[-1].item() + 1
+    return own_digit.bounding_box(page < (page.max() + page.min()) / 2)
 
 
 def to_picture(page, random):
@@ -234,12 +230,12 @@ def draw_pictures(title, test_set, count):
         yield KINDS[title](images, random), images[0], test_set.labels[first].item()
 
 
-def measure(model, name, title, test_set, count):
-    """Return the row of own_digits.csv for one kind of picture and the network `name`."""
+def measure(model, name, title, test_set):
+    """Return the row of own_digits.csv for one kind of picture."""
     correct = 0
     rejected = 0
     confident_errors = 0
-    for picture, _, label in draw_pictures(title, test_set, count):
+    for picture, _, label in draw_pictures(title, test_set, IMAGES):
         try:
             probabilities = own_digit.predict(model, picture)
         except ValueError:
@@ -251,24 +247,23 @@ def measure(model, name, title, test_set, count):
             confident_errors += 1
     if title in TO_BE_REJECTED:
         correct = rejected
-    row = {"pictures": title, "images": count, "model": name}
-    for column, number in (
-        ("rejected", rejected),
-        ("accuracy", correct),
-        ("confident_errors", confident_errors),
-    ):
-        row[column] = f"{100 * number / count:.1f}"
-    return row | common.machine_columns("cpu")
+    return {
+        "pictures": title,
+        "images": IMAGES,
+        "model": name,
+        "rejected": 100 * rejected / IMAGES,
+        "accuracy": 100 * correct / IMAGES,
+        "confident_errors": 100 * confident_errors / IMAGES,
+        **common.machine_columns("cpu"),
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="of a full run")
-    name, model = common.load_model(parser.parse_args().checkpoint)
+    name, model = common.load_model(sys.argv[1])
     _, test_set = utils.load_data(standin=False)
     rows = []
     for title in tqdm(KINDS):
-        rows.append(measure(model, name, title, test_set, IMAGES))
+        rows.append(measure(model, name, title, test_set))
     common.write_rows(rows, CSV)
 
 
