@@ -29,7 +29,10 @@ from drawing_field import drawing_field
 IMAGES = 500
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FIELD = 252  # side of the field in its own units
-STYLE = "<style>body { margin: 16px; font-family: system-ui, sans-serif; color: #222 }</style>"
+HEAD = """
+<!doctype html><meta charset="utf-8">
+<style>body { margin: 16px; font-family: system-ui, sans-serif; color: #222 }</style>
+"""
 
 # Makes 252×252 bytes, in base64, the ink of the field and returns what the page makes of it.
 RECOGNIZE = """
@@ -49,42 +52,28 @@ RECOGNIZE = """
 @contextlib.contextmanager
 def running_browser():
     """Run a browser in a `with` block; raise FileNotFoundError if none is installed."""
-    for name in BROWSERS:
-        program = shutil.which(name)
-        if program is not None:
-            break
-    else:
+    programs = list(filter(None, map(shutil.which, BROWSERS)))
+    if not programs:
         raise FileNotFoundError("no Chromium or Chrome was found: install one")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program)
+        browser = playwright.chromium.launch(executable_path=programs[0])
         yield browser
         browser.close()
-
-
-def show(page, body):
-    """Show HTML in a page of the browser."""
-    page.set_content(f"<!doctype html><meta charset='utf-8'>{body}")
 
 
 @torch.no_grad()
 def measure(browser, model, name, test_set):
     """Return a row for a trained model and a `DigitSet` of test images, as a dictionary."""
     page = browser.new_page()
-    show(page, drawing_field(model, name).html)
+    page.set_content(HEAD + drawing_field(model, name).html)
     host = page.locator("div.drawing-field")
-    pixels = []
-    probabilities = []
-    times = []
+    results = []
     images = test_set.images[:, None] / 255
     for ink in F.interpolate(images, FIELD, mode="bilinear"):
         data = (255 * ink / ink.max()).round().byte().numpy().tobytes()
-        result = host.evaluate(RECOGNIZE, base64.b64encode(data).decode())
-        pixels.append(result["pixels"])
-        probabilities.append(result["probabilities"])
-        times.append(result["milliseconds"])
-    page.close()
-    pixels = torch.tensor(pixels).reshape(images.shape)
-    probabilities = torch.tensor(probabilities)
+        results.append(host.evaluate(RECOGNIZE, base64.b64encode(data).decode()))
+    pixels = torch.tensor([result["pixels"] for result in results]).reshape(images.shape)
+    probabilities = torch.tensor([result["probabilities"] for result in results])
     expected = model((pixels - utils.MEAN) / utils.STD).exp()
     original = model((images - utils.MEAN) / utils.STD)
     return {
@@ -93,7 +82,7 @@ def measure(browser, model, name, test_set):
         "original_acc": accuracy(original, test_set.labels),
         "field_acc": accuracy(probabilities, test_set.labels),
         "largest_difference": f"{(probabilities - expected).abs().max():.1e}",
-        "median_ms": f"{statistics.median(times):.1f}",
+        "median_ms": f"{statistics.median(result['milliseconds'] for result in results):.1f}",
         "browser": f"Chrome/{browser.version}",
         **common.machine_columns("cpu"),
     }
@@ -107,7 +96,7 @@ def accuracy(output, labels):
 def draw_screenshot(browser, model, name):
     """Draw a 3 by mouse and save a screenshot of the field."""
     page = browser.new_page(viewport={"width": 720, "height": 404}, device_scale_factor=2)
-    show(page, STYLE + drawing_field(model, f"{name} on MNIST").html)
+    page.set_content(HEAD + drawing_field(model, f"{name} on MNIST").html)
     box = page.locator("svg").bounding_box()
     for step in range(49):
         share = step / 48
@@ -119,7 +108,6 @@ def draw_screenshot(browser, model, name):
     page.mouse.move(0, 0)
     page.evaluate("new Promise(requestAnimationFrame)")  # the prediction is shown with the next frame
     page.screenshot(path=common.ROOT / "images" / "drawing.png")
-    page.close()
 
 
 def main():
