@@ -59,6 +59,21 @@ def test_summary_measures_what_forward_does_and_counts_each_parameter_once():
     assert shown["text/html"].endswith(html)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),  # after each block, by hand: + (kernel - 1) · jump for each convolution and pool
+    [
+        ("Model1", [3, 5, 5, 6, 10, 14, 16, 24, 28, 28]),  # 40 at the end, but the image has 28 rows
+        ("Model2", [3, 5, 5, 6, 10, 14, 18, 22, 26, 28]),
+        ("Model4", [3, 5, 6, 10, 14, 18, 22, 26, 28, 28]),
+        ("Model5", [3, 5, 6, 10, 14, 18, 22, 28, 28]),
+    ],
+)
+def test_receptive_fields_of_the_models(name, fields):
+    model = create_model(name)
+    blocks = list(dict(model.named_children()))
+    assert plots.measure_fields(model, blocks) == list(zip(blocks, fields, strict=True))
+
+
 def test_field_that_cannot_be_measured_is_left_empty():
     class Constant(nn.Module):
         def forward(self, x):
