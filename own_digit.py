@@ -22,7 +22,7 @@ from utils import MEAN, SIDE, STD
 WORKING_SIZE = 256  # longest side, in pixels, of the picture in which the digit is looked for
 BACKGROUND_WINDOW = 0.4  # side of the closing's square as a share of the picture's longest side
 THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest; the last is the crop's, as in draw.html
-MIN_CONTRAST = 0.1  # of a digit's outline, if it is as long as the picture's longest side
+MIN_CONTRAST = 0.1  # lowest score of a digit: an outline of this contrast, as long as the longest side
 MAX_ASPECT = 2.5  # width over height of a digit
 NEGLIGIBLE = 0.04  # sizes and gaps below this share do not count
 COMPARABLE = 0.3  # share of another's height (second digit, digit in a frame) or darkest ink (digit's parts)

@@ -33,7 +33,7 @@ import utils
 from model import create_model
 
 CSV = common.ROOT / "benchmarks" / "epoch_time.csv"
-MODELS = ("Model3", "Model4")
+MEASURED = ("Model3", "Model4")
 ROUNDS = 5
 DATALOADER = "DataLoader"
 WORKERS = "DataLoader, 4 workers"
@@ -119,12 +119,12 @@ def main():
         process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
         atexit.register(process.kill)
         variants.remove(COMPUTE_ONLY)
-    for name in tqdm(MODELS, desc="warm-up"):
+    for name in tqdm(MEASURED, desc="warm-up"):
         for variant in variants:
             measure(name, variant, tenth, device)
     for _ in tqdm(range(ROUNDS), desc="rounds"):
         random.shuffle(variants)
-        for name in MODELS:
+        for name in MEASURED:
             rows = []
             for variant in variants:
                 row = {

@@ -91,8 +91,8 @@ CONFIGURATIONS = [
     Configuration(*MODEL5, {"clean_epochs": 6, "scheduler_args": {"step_size": 1, "gamma": 0.7}}),
     Configuration(*MODEL5, {"clean_epochs": 6, "sgd": {**BASE.sgd, "lr": 0.3}}, seeds=(1, 2)),
     Configuration(*MODEL4, {"clean_epochs": 6, "sgd": {**BASE.sgd, "lr": 0.2}}),
-    # an average of Model5's weights, and Model4 as its teacher; the code of both is in this file of commit
-    # c477101; an average with a decay of 0 is the last weights, as without it
+    # a moving average of Model5's weights, and distillation from Model4; the code of both is in this file of
+    # commit c477101; an average with a decay of 0 is the last weights
     Configuration(*MODEL5, {"clean_epochs": 6, "ema": 0}, seeds=(1, 2, 3, 4, 5)),
     Configuration(*MODEL5, {"clean_epochs": 6, "ema": 0.998}, seeds=(1, 2, 3, 4, 5)),
     Configuration(*MODEL5, {"clean_epochs": 6, "teacher": "Model4", "temperature": 2}, seeds=(1, 2, 3, 4, 5)),
