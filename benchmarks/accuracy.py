@@ -32,6 +32,7 @@ EXPERIMENTS = {  # from (model, schedule), as in accuracy.csv, to what creates t
     ("Model4", "no_augmentation"): (Model4, NOT_AUGMENTED),
     ("Model4", "augment"): (Model4, AUGMENTED_UNTIL_THE_END),
     ("Model4", "constant"): (Model4, replace(RECIPES["Model4"], scheduler_args=CONSTANT_RATE)),
+    ("Model4", "adamw"): (Model4, RECIPES["Model4"]),
 }
 for model_name in MODELS:
     EXPERIMENTS[model_name, "described"] = (MODELS[model_name], RECIPES[model_name])
@@ -44,9 +45,10 @@ def train_and_describe(name, schedule, seed, data):
     torch.manual_seed(seed)
     model = create().to(device)
     optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
-    scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
+    if schedule == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     checkpoint = f"accuracy-{name}-{schedule}-{seed}"
-    history = common.train_model(checkpoint, model, optimizer, scheduler, recipe, data, common.EPOCHS, seed)
+    history = common.train_model(checkpoint, model, optimizer, recipe, data, seed)
     rows = []
     for index in range(common.EPOCHS):
         row = {"model": name, "schedule": schedule, "seed": seed, "epoch": index + 1}

@@ -48,12 +48,12 @@ def checkpoint_path(name):
     return Path(os.environ.get("S7_CHECKPOINTS") or "checkpoints") / f"{name}.pt"
 
 
-def train_model(name, model, optimizer, scheduler, recipe, data, epochs, seed):
+def train_model(name, model, optimizer, recipe, data, seed):
     """Train as the notebook does; return the `History`.
 
-    The recipe gives the batch size and the augmentation, and `data` is the training and the test set. An
-    interrupted run is resumed from the checkpoint `name`. Raise ValueError if that is the checkpoint of a
-    different run.
+    The recipe gives the scheduler, the batch size and the augmentation, and `data` is the training and the
+    test set. An interrupted run is resumed from the checkpoint `name`. Raise ValueError if that is the
+    checkpoint of a different run.
     """
     device = next(model.parameters()).device
     train_set, test_set = data
@@ -61,7 +61,8 @@ def train_model(name, model, optimizer, scheduler, recipe, data, epochs, seed):
         train_set, recipe.batch_size, device, shuffle=True, augmentation=recipe.augmentation
     )
     test_loader = utils.BatchLoader(test_set, recipe.batch_size, device)
-    augmented_epochs = epochs - recipe.clean_epochs
+    scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
+    augmented_epochs = EPOCHS - recipe.clean_epochs
     run = utils.Run(
         checkpoint_path(name),
         model,
@@ -70,7 +71,7 @@ def train_model(name, model, optimizer, scheduler, recipe, data, epochs, seed):
         train_loader,
         test_loader,
         F.nll_loss,
-        epochs,
+        EPOCHS,
         seed,
         augmented_epochs,
         resume=True,
@@ -82,7 +83,7 @@ def train_model(name, model, optimizer, scheduler, recipe, data, epochs, seed):
         test_loss, test_acc = utils.test(model, device, test_loader, F.nll_loss)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(test_loss)
-        elif scheduler.last_epoch < epoch:  # a hook of the optimizer may have stepped it after every batch
+        else:
             scheduler.step()
         run.record(train_loss, train_acc, test_loss, test_acc)
     return run.history
@@ -91,7 +92,7 @@ def train_model(name, model, optimizer, scheduler, recipe, data, epochs, seed):
 def load_model(path):
     """Return the name and the network of a checkpoint of this repository, in evaluation mode."""
     state = utils.load_checkpoint(path)
-    name = state["description"]["network"].split("(")[0]
+    name = state["description"]["network"]
     model = create_model(name)
     model.load_state_dict(state["model"])
     return name, model.eval()

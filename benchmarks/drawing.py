@@ -5,8 +5,8 @@
 Test images are enlarged to the size of the field and become its ink. The page then does what it does while
 a user draws: it crops, scales and centers the drawing, runs the network and shows the prediction. The script
 writes one row to drawing.csv: the accuracy in the field and on the original images, the largest difference
-from PyTorch's probabilities, and the median time of a prediction. images/drawing.png shows a digit drawn by
-mouse; it is 1,440 pixels wide, for display at 720.
+from PyTorch's probabilities, and the median time of a prediction. images/drawing.png shows a digit
+drawn by mouse.
 
 Needs Playwright (`pip install playwright`) and an installed Chromium or Chrome.
 """
@@ -65,7 +65,7 @@ def running_browser():
 def measure(browser, model, name, test_set):
     """Return a row for a trained model and a `DigitSet` of test images, as a dictionary."""
     page = browser.new_page()
-    page.set_content(HEAD + drawing_field(model, name).html)
+    page.set_content(HEAD + drawing_field(model, name).data)
     host = page.locator("div.drawing-field")
     results = []
     images = test_set.images[:, None] / 255
@@ -96,7 +96,7 @@ def accuracy(output, labels):
 def draw_screenshot(browser, model, name):
     """Draw a 3 by mouse and save a screenshot of the field."""
     page = browser.new_page(viewport={"width": 720, "height": 404}, device_scale_factor=2)
-    page.set_content(HEAD + drawing_field(model, f"{name} on MNIST").html)
+    page.set_content(HEAD + drawing_field(model, f"{name} on MNIST").data)
     box = page.locator("svg").bounding_box()
     for step in range(49):
         share = step / 48

@@ -7,9 +7,9 @@ The argument is the checkpoint of a full run. Writes own_digits.csv, one row per
 digit or several; `confident_errors`, what is misclassified with a probability above 90 %.
 """
 
-import argparse
 import io
 import math
+import sys
 
 import common
 import torch
@@ -259,9 +259,7 @@ def measure(model, name, title, test_set):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="of a full run")
-    name, model = common.load_model(parser.parse_args().checkpoint)
+    name, model = common.load_model(sys.argv[1])
     _, test_set = utils.load_data(standin=False)
     rows = []
     for title in tqdm(KINDS):

@@ -145,9 +145,8 @@ def train_and_describe(configuration, seed, data):
     torch.manual_seed(seed)
     model = Candidate(configuration.before, configuration.after).to(utils.choose_device())
     optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
-    scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
     name = "search-" + re.sub("[^A-Za-z0-9.]+", "-", " ".join(columns.values()))
-    history = common.train_model(name, model, optimizer, scheduler, recipe, data, common.EPOCHS, seed)
+    history = common.train_model(name, model, optimizer, recipe, data, seed)
     return {
         **columns,
         "parameters": common.count_parameters(model),
