@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from IPython.display import HTML
 from torch import nn
 
 from utils import MEAN, SIDE, STD, unwrap
@@ -34,14 +35,8 @@ OUTPUT = (
 )
 
 
-class DrawingField:
+class DrawingField(HTML):
     """The drawing field, displayed as HTML in a notebook and as a sentence elsewhere."""
-
-    def __init__(self, html):
-        self.html = html
-
-    def _repr_html_(self):
-        return self.html
 
     def __repr__(self):
         return TEXT
@@ -83,9 +78,9 @@ def export_layers(model):
     for name, layer in innermost_layers(model):
         if type(layer) not in EXPORTERS:
             raise ValueError(f"draw.html cannot compute the layer {name}, {layer}: add it to EXPORTERS")
-        exported = EXPORTERS[type(layer)](name, layer)
-        if exported is not None:
-            layers.append(exported)
+        export = EXPORTERS[type(layer)]
+        if export is not None:
+            layers.append(export(name, layer))
     return layers
 
 
@@ -144,7 +139,7 @@ def export_conv(name, layer):
 
 
 def export_batch_norm(name, layer):
-    """Return a BatchNorm as the 1×1 convolution, of each channel by itself, that it is in evaluation."""
+    """Return a BatchNorm as the depthwise 1×1 convolution that it is in evaluation."""
     check(name, layer, affine=True, track_running_stats=True)
     scale = layer.weight / torch.sqrt(layer.running_var + layer.eps)
     shift = layer.bias - layer.running_mean * scale
@@ -194,10 +189,6 @@ def export_global_avg_pool(name, layer):
     return {"kind": "avgpool", "size": None}  # of the whole image
 
 
-def leave_out(name, layer):
-    return None
-
-
 EXPORTERS = {
     nn.Conv2d: export_conv,
     nn.BatchNorm2d: export_batch_norm,
@@ -205,6 +196,6 @@ EXPORTERS = {
     nn.MaxPool2d: export_max_pool,
     nn.AvgPool2d: export_avg_pool,
     nn.AdaptiveAvgPool2d: export_global_avg_pool,
-    nn.Dropout: leave_out,
-    nn.Identity: leave_out,
+    nn.Dropout: None,
+    nn.Identity: None,
 }

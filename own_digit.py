@@ -122,7 +122,7 @@ def extract_ink(picture):
     """Return how much darker than its background each pixel is, or lighter if the strokes are light.
 
     Strokes differ from the local mean by more than the background does, and the third power keeps the sign.
-    The background is a grey closing: the brightness that the picture would have without dark strokes.
+    The background is a gray closing: the brightness that the picture would have without dark strokes.
     """
     coarse = resize(picture, WORKING_SIZE // 4)
     reach = round(BACKGROUND_WINDOW * max(coarse.shape) / 2)

@@ -146,17 +146,13 @@ class ProgressLine(io.TextIOBase):
     """
 
     encoding = "utf-8"  # makes tqdm use block characters
-    handle = None
+
+    def __init__(self):
+        self.output = display({"text/plain": ""}, raw=True, display_id=True)
 
     def write(self, text):
-        text = text.strip()
-        if not text:
-            return
-        output = {"text/plain": text}
-        if self.handle is None:
-            self.handle = display(output, raw=True, display_id=True)
-        else:
-            self.handle.update(output, raw=True)
+        if text.strip():
+            self.output.update({"text/plain": text.strip()}, raw=True)
 
 
 def progress_file():
@@ -486,8 +482,8 @@ class Run:
 
     The run is described by the objects that it is given (see `describe`). Before it is resumed, its
     description is compared with that in the checkpoint. The number of epochs is no part of it, so a
-    finished run can be resumed with more epochs; where a schedule depends on that number, the schedule
-    itself differs.
+    finished run can be resumed with more epochs, unless the schedule or the end of the augmentation depends
+    on that number and therefore differs.
 
     The checkpoint always contains the state after a completed epoch. If an earlier run has left one, it is
     kept under another name when the first epoch of a new run is saved.
