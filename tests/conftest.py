@@ -5,13 +5,11 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import matplotlib
 import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -27,18 +25,6 @@ for name in list(os.environ):
         del os.environ[name]
 
 
-class Shown(NamedTuple):
-    """A figure that was displayed."""
-
-    figure: Figure
-    metadata: dict
-
-    @property
-    def alt(self):
-        """The alternative text."""
-        return self.metadata["image/png"]["alt"]
-
-
 @pytest.fixture(autouse=True)
 def isolation(monkeypatch, tmp_path):
     """Isolate a test from ./data and from the network."""
@@ -49,12 +35,12 @@ def isolation(monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def figures(monkeypatch):
-    """Show figures as in a notebook, and collect them as a list of `Shown`."""
+    """Show figures as in a notebook, and collect them with their alternative texts `alt`."""
     shell = SimpleNamespace(display_formatter=DisplayFormatter())
     shown = []
 
     def display(figure, metadata):
-        shown.append(Shown(figure, metadata))
+        shown.append(SimpleNamespace(figure=figure, alt=metadata["image/png"]["alt"]))
 
     monkeypatch.setattr("plots.get_ipython", lambda: shell)
     monkeypatch.setattr("plots.display", display)

@@ -13,7 +13,7 @@ def interrupt(function, call):
 
 
 def assert_identical(one, two):
-    """Compare nested dictionaries and lists bit for bit, ignoring wall-clock times."""
+    """Check that nested dictionaries and lists are bit-identical, ignoring wall-clock times."""
     assert type(one) is type(two)
     if isinstance(one, dict):
         assert one.keys() == two.keys()

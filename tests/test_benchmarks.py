@@ -8,7 +8,6 @@ import common
 import pytest
 import search
 import tables
-import torch
 
 import utils
 
@@ -61,14 +60,6 @@ def test_runs_of_the_search_are_recorded_under_their_configurations():
             configured.append(search.identity(configuration, seed))
     for row in common.read_rows(search.CSV):
         assert {column: row[column] for column in configured[0]} in configured
-
-
-def test_validation_split_is_the_one_of_the_recorded_runs():
-    numbers = torch.arange(60_000)
-    train_set, validation_set = utils.split(utils.DigitSet("numbers", numbers.byte(), numbers))
-    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(train_set.labels, order[:50_000])
-    assert torch.equal(validation_set.labels, order[50_000:])
 
 
 def test_results_are_hand_computed_values():

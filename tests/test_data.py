@@ -58,15 +58,13 @@ def test_part_of_a_digit_set_is_a_digit_set(small):
         assert part.labels[1] == dataset.labels[5]
 
 
-def test_split_is_random_but_the_same_in_every_run(small):
-    numbered = utils.DigitSet("numbers", small(300).images, torch.arange(300))
-    train_part, validation_part = utils.split(numbered)
-    assert len(train_part) == 250
-    labels = torch.cat([train_part.labels, validation_part.labels])
-    assert torch.equal(labels.sort().values, numbered.labels)
-    assert not torch.equal(labels, numbered.labels)
+def test_validation_split_is_the_one_of_the_recorded_runs():
+    numbers = torch.arange(60_000)
     torch.manual_seed(5)
-    assert torch.equal(utils.split(numbered)[1].labels, validation_part.labels)
+    train_set, validation_set = utils.split(utils.DigitSet("numbers", numbers.byte(), numbers))
+    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(train_set.labels, order[:50_000])
+    assert torch.equal(validation_set.labels, order[50_000:])
 
 
 def test_shuffle_is_a_new_permutation_in_every_epoch(small):

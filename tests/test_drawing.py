@@ -90,8 +90,8 @@ def test_without_html_the_field_is_a_sentence_in_one_line():
     assert "\n" not in TEXT
     field = drawing_field(create_model("Model4"), "a description")
     assert repr(field) == TEXT
-    assert re.sub(r"<[^<>]*>", "", field.html) == TEXT
-    assert SanitizeHTML().sanitize_html_tags(field.html).startswith(f"<i>{TEXT}</i>")
+    assert re.sub(r"<[^<>]*>", "", field.data) == TEXT
+    assert SanitizeHTML().sanitize_html_tags(field.data).startswith(f"<i>{TEXT}</i>")
 
 
 # ---- in a browser ----
@@ -143,7 +143,7 @@ def field(show):
 
 
 def html_of(name, description="a description"):
-    return drawing_field(randomize(create_model(name)), description).html
+    return drawing_field(randomize(create_model(name)), description).data
 
 
 @torch.no_grad()
@@ -238,7 +238,7 @@ def every_kind_of_layer():
 def test_probabilities_equal_those_of_pytorch(show, create):
     model = randomize(create())
     pixels = torch.rand(50, 1) * torch.rand(50, 784)
-    field = show(drawing_field(model, "").html)
+    field = show(drawing_field(model, "").data)
     classify = "({ field }, images) => images.map((pixels) => field.classify(pixels))"
     actual = torch.tensor(field.evaluate(classify, pixels.tolist()))
     expected = probabilities_of(model, pixels)
@@ -274,7 +274,7 @@ def test_ink_equals_that_of_pillow_and_network_input_that_of_find_digit(field, s
 @pytest.mark.parametrize("pointer", ["mouse", "pen", "touch"])
 def test_strokes_are_answered_like_pytorch_answers_them(show, pointer):
     model = randomize(create_model("Model4"))
-    field = show(drawing_field(model, "").html, has_touch=True)
+    field = show(drawing_field(model, "").data, has_touch=True)
     draw(field, FOUR, pointer)
     digit, percentages = answer(field)
     expected = probabilities_of(model, network_input(field))[0]

@@ -1,4 +1,4 @@
-"""What a student changes in the notebook works bit for bit, also when it is resumed, or is named.
+"""What a student changes in the notebook works, also when the run is resumed, or is named.
 
 The cells are run as a notebook runs them: two short epochs of Model4, the first one augmented. An edit is a
 dictionary from a text of the cells to the text in its place; edits are made one after another.

@@ -95,7 +95,7 @@ def test_figure_is_displayed_as_png_with_alternative_text_and_closed(figures, ca
     figure, _ = plt.subplots()
     plots.show_figure(figure, "name", "a description")
     assert figures[0].figure is figure
-    assert figures[0].metadata == {"image/png": {"alt": "a description"}}
+    assert figures[0].alt == "a description"
     assert not plt.fignum_exists(figure.number)
     assert "image/png" in plots.get_ipython().display_formatter.format(figure)[0]
     assert capsys.readouterr().out == ""

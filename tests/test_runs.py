@@ -235,10 +235,10 @@ def test_finished_run_survives_new_runs(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-# ---- damaged and foreign files ----
+# ---- corrupted and foreign files ----
 
 
-def test_damaged_or_foreign_file_is_refused(tmp_path):
+def test_corrupted_or_foreign_file_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     parts = train(path)
     content = path.read_bytes()

@@ -1,12 +1,7 @@
-"""Training and evaluation by hand, and the progress bar.
+"""Training and evaluation by hand.
 
 `test_notebook.py` compares the weights after the training cell with those of a plain PyTorch loop.
 """
-
-import re
-import sys
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -33,9 +28,6 @@ def batches_with(losses):
     for loss in losses:
         batches.append((torch.tensor([[-loss, 0.0]]), torch.tensor([0])))
     return batches
-
-
-# ---- loss and accuracy ----
 
 
 def test_loss_is_the_mean_per_sample_and_each_function_sets_its_mode(capsys):
@@ -68,23 +60,3 @@ def test_loss_that_is_not_finite_stops_the_training_at_its_batch():
 def test_test_loss_that_is_not_finite_raises():
     with pytest.raises(FloatingPointError, match="test loss.*nan.*learning rate"):
         utils.test(echo(), "cpu", batches_with([float("nan")]), F.nll_loss)
-
-
-# ---- the progress bar ----
-
-
-def test_progress_is_one_notebook_output_updated_in_place(monkeypatch):
-    display = mock.Mock()
-    monkeypatch.setattr(utils, "display", display)
-    monkeypatch.setattr(utils, "get_ipython", lambda: SimpleNamespace(kernel=None))
-    train(echo(), batches_with([1.0, 2.0]))
-    display.assert_called_once_with(mock.ANY, raw=True, display_id=True)
-    update = display.return_value.update
-    update.assert_called_with(mock.ANY, raw=True)
-    text = update.call_args.args[0]["text/plain"]
-    assert re.search(r"^Train: Loss=\S+ Batch_id=1 Accuracy=\S+: 100%\|█+\| 2/2", text)
-
-
-def test_progress_goes_to_stdout_in_a_terminal(monkeypatch):
-    monkeypatch.setattr(utils, "get_ipython", lambda: SimpleNamespace())
-    assert utils.progress_file() is sys.stdout
