@@ -261,7 +261,7 @@ def test_notebook_clones_the_repository_beside_foreign_files_and_runs(executed):
     assert "THIS IS NOT MNIST" in text
     assert "Model4 on stand-in digits (not MNIST): 1 epoch," in text
     (progress,) = re.findall(r".*\d+%\|.*", text)  # one line, not one for each refresh
-    assert re.search(r"Train: Loss=\S+ Batch_id=46 Accuracy=\S+: 100%", progress)
+    assert re.match(r"Train: Loss=\S+ Batch_id=46 Accuracy=\S+: 100%\|█+\| 47/47", progress)
     assert (folder / "S7" / "checkpoints" / "Model4-seed1.pt").exists()
     assert (folder / "model.py").read_text(encoding="utf-8") == "mine"
 
