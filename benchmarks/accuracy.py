@@ -32,7 +32,7 @@ EXPERIMENTS = {  # from (model, schedule), as in accuracy.csv, to what creates t
     ("Model4", "no_augmentation"): (Model4, NOT_AUGMENTED),
     ("Model4", "augment"): (Model4, AUGMENTED_UNTIL_THE_END),
     ("Model4", "constant"): (Model4, replace(RECIPES["Model4"], scheduler_args=CONSTANT_RATE)),
-    ("Model4", "adamw"): (Model4, RECIPES["Model4"]),
+    ("Model4", "adamw"): (Model4, RECIPES["Model4"]),  # with another optimizer
 }
 for model_name in MODELS:
     EXPERIMENTS[model_name, "described"] = (MODELS[model_name], RECIPES[model_name])
@@ -44,9 +44,10 @@ def train_and_describe(name, schedule, seed, data):
     create, recipe = EXPERIMENTS[name, schedule]
     torch.manual_seed(seed)
     model = create().to(device)
-    optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
     if schedule == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
     checkpoint = f"accuracy-{name}-{schedule}-{seed}"
     history = common.train_model(checkpoint, model, optimizer, recipe, data, seed)
     rows = []
