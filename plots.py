@@ -230,6 +230,16 @@ def first_epoch_above(accuracies):
     return len(accuracies) - len(last) + 1
 
 
+def mean_of_last_epochs(history):
+    """Return the mean test accuracy of the last epochs of a run, in percent."""
+    return statistics.mean(history.test_acc[-LAST_EPOCHS:])
+
+
+def lowest_of_last_epochs(history):
+    """Return the lowest test accuracy of the last epochs of a run, in percent."""
+    return min(history.test_acc[-LAST_EPOCHS:])
+
+
 def number_of(count, noun):
     """Return a count with its noun, for example "1 epoch" or "15 epochs"."""
     if count == 1:

@@ -1,27 +1,19 @@
-"""What the notebook trains with: training and test, data, recipes and settings, runs and checkpoints.
+"""What the notebook trains with: training and test, data, recipes and settings.
 
-The networks are in `model.py`; the layer table, plots and reports are in `plots.py`.
+The networks are in `model.py`, runs and checkpoints in `runs.py`, plots and reports in `plots.py`.
 """
 
 import ast
-import contextlib
-import difflib
+import copy
 import inspect
 import io
-import itertools
 import math
+import operator
 import os
-import random
-import re
 import socket
 import sys
 import tempfile
-import textwrap
-import time
-import zipfile
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -33,8 +25,7 @@ from IPython import get_ipython
 from IPython.display import display
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
@@ -53,8 +44,11 @@ BLACK = -MEAN / STD  # a black pixel after normalization
 def GetCorrectPredCount(pred, target):
     """Return the number of correct predictions of `pred` `(B, 10)` for `target` `(B,)`.
 
-    The number is a tensor, so that nothing waits for the device.
+    Probabilities `(B, 10)` as target, such as those of CutMix and MixUp, count by their largest. The number
+    is a tensor, so that nothing waits for the device.
     """
+    if target.dim() == 2:
+        target = target.argmax(dim=1)
     return pred.argmax(dim=1).eq(target).sum()
 
 
@@ -63,7 +57,7 @@ def train(model, device, train_loader, optimizer, criterion):
 
     `train_loader` is iterated and has a length; `criterion(output, target)` is the mean over a batch.
     Loss and accuracy are measured on the fly, in training mode. Raise FloatingPointError if the loss is
-    not finite.
+    not finite, and ValueError if there are no batches.
     """
     model.train()
     refresh_every = 50  # batches, because reading the loss waits for the device
@@ -88,10 +82,12 @@ def train(model, device, train_loader, optimizer, criterion):
             if batch_id % refresh_every == 0 or batch_id == len(train_loader) - 1:
                 loss = loss.item()
                 if not math.isfinite(loss):
-                    raise FloatingPointError(f"batch {batch_id}: the loss is {loss}: lower the learning rate")
+                    raise FloatingPointError(explain_loss(loss, data, batch_id))
                 accuracy = 100 * correct.item() / count
                 text = f"Train: Loss={loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
                 bar.set_description(text, refresh=False)
+    if count == 0:
+        raise ValueError("the loader has no batches")
     return sum_exactly(losses) / count, 100 * correct.item() / count
 
 
@@ -100,7 +96,7 @@ def test(model, device, test_loader, criterion):
     """Evaluate a model; print and return the mean loss per sample and the accuracy in percent.
 
     The arguments are those of `train`. Raise FloatingPointError if the loss is not finite, and ValueError
-    if `nll_loss` is given scores that are not log-probabilities.
+    if there are no batches, or if `nll_loss` is given scores that are not log-probabilities.
     """
     model.eval()
     losses = []
@@ -113,10 +109,14 @@ def test(model, device, test_loader, criterion):
         losses.append(criterion(output, target) * len(data))
         correct += GetCorrectPredCount(output, target)
         count += len(data)
+    if count == 0:
+        raise ValueError("the loader has no batches")
     loss = sum_exactly(losses) / count
     correct = correct.item()
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the test loss is {loss}: lower the learning rate")
+        raise FloatingPointError(
+            f"the test loss is {loss}: lower the learning rate, or check the test images"
+        )
     if loss < 0 and brief(criterion).startswith(("nll_loss", "NLLLoss")):
         raise ValueError(
             f"the test loss is {loss:.4f}, but a negative log-likelihood cannot be negative: end the network"
@@ -125,6 +125,16 @@ def test(model, device, test_loader, criterion):
     accuracy = 100 * correct / count
     print(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{count} ({accuracy:.2f}%)")
     return loss, accuracy
+
+
+def explain_loss(loss, data, batch_id):
+    """Return what to do about a loss that is not finite."""
+    text = f"batch {batch_id}: the loss is {loss}"
+    if not data.isfinite().all():
+        return f"{text}, because the images contain NaN or infinity: check the data set and its transforms"
+    if batch_id == 0:
+        return f"{text}: check the network and the loss, or lower the learning rate if an epoch was trained"
+    return f"{text}: lower the learning rate"
 
 
 def sum_exactly(losses):
@@ -184,10 +194,11 @@ MIRROR_TIMEOUT = 15  # seconds
 class DigitSet(torch.utils.data.Dataset):
     """A data set in memory: uint8 images `(N, 28, 28)` and int64 labels `(N,)`.
 
-    A number as index gives a normalized image `(1, 28, 28)` and its label, so that a `DataLoader` and
-    `random_split` work. A slice or an index tensor gives a smaller set of the same name.
+    Arrays and lists are converted. A number as index gives a normalized image `(1, 28, 28)` and its label, so
+    that a `DataLoader` and `random_split` work. A slice or an index tensor gives a smaller set of the same
+    name.
 
-    Raise TypeError if the images are not uint8.
+    Raise TypeError if the images are not uint8, ValueError if shapes or labels are not those of digits.
     """
 
     name: str
@@ -195,16 +206,26 @@ class DigitSet(torch.utils.data.Dataset):
     labels: torch.Tensor
 
     def __post_init__(self):
+        self.images = torch.as_tensor(self.images)
+        self.labels = torch.as_tensor(self.labels).long()
         if self.images.dtype != torch.uint8:
-            raise TypeError(f"images are {self.images.dtype}: give them as torch.uint8, from 0 to 255")
+            raise TypeError(f"images are {self.images.dtype}: give them as uint8, from 0 to 255")
+        if self.labels.dim() != 1 or self.images.shape != (len(self.labels), SIDE, SIDE):
+            raise ValueError(
+                f"images are {tuple(self.images.shape)} and labels {tuple(self.labels.shape)}: give them as"
+                f" (N, {SIDE}, {SIDE}) and (N,)"
+            )
+        if not torch.isin(self.labels, torch.arange(DIGITS)).all():
+            raise ValueError(f"labels are from {self.labels.min()} to {self.labels.max()}, instead of 0 to 9")
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        if isinstance(index, int):
-            return normalize(self.images[index]), self.labels[index].item()
-        return DigitSet(self.name, self.images[index], self.labels[index])
+        if isinstance(index, slice) or np.ndim(index) > 0:
+            return DigitSet(self.name, self.images[index], self.labels[index])
+        index = operator.index(index)  # of NumPy's and PyTorch's integers, too
+        return normalize(self.images[index]), self.labels[index].item()
 
 
 def split(train_set):
@@ -221,11 +242,11 @@ class BatchLoader:
     """An iterable over the batches of a `DigitSet`, which is kept on `device` as one normalized tensor.
 
     Yields `(data, target)`: float32 `(B, 1, 28, 28)` and int64 `(B,)`; the last batch may be smaller.
-    `shuffle` draws a new order for every epoch. `augmentation`, if there is one, is a function of `data`;
-    it can be replaced or set to None at any time.
+    `shuffle` draws a new order for every epoch. `augmentation`, if there is one, is a function of `data`.
 
-    Raise TypeError if the data set is not a `DigitSet`, and for transforms of torchvision: they draw one
-    set of random numbers per call. Both work with a `DataLoader`, which calls transforms for each image.
+    Raise TypeError if the data set is not a `DigitSet`, and ValueError if the augmentation draws one set of
+    random numbers per call, as torchvision's transforms do. Both work with a `DataLoader`, which calls
+    transforms for each image.
     """
 
     def __init__(self, dataset, batch_size, device, shuffle=False, augmentation=None):
@@ -234,17 +255,17 @@ class BatchLoader:
                 f"BatchLoader needs a DigitSet, not {type(dataset).__name__}: create one from images and"
                 " labels, such as DigitSet(name, mnist.data, mnist.targets), or use a DataLoader"
             )
-        if type(augmentation).__module__.startswith("torchvision."):
-            raise TypeError(
-                f"{type(augmentation).__name__} would change all images of a batch alike: use it in the"
-                " transform of a torchvision data set with a DataLoader, before Normalize"
-            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.augmentation = augmentation
         self.data = normalize(dataset.images).to(device)
         self.target = dataset.labels.to(device)
+        if augmentation is not None and changes_batch_alike(augmentation, self.data[:1]):
+            raise ValueError(
+                f"{brief(augmentation)} changes all images of a batch alike: use it in the transform of a"
+                " torchvision data set with a DataLoader, before Normalize"
+            )
 
     def __len__(self):
         return math.ceil(len(self.target) / self.batch_size)
@@ -261,6 +282,30 @@ class BatchLoader:
             yield data, self.target[index]
 
 
+def without_augmentation(train_loader):
+    """Return a loader of the same data without augmentation, or a loader that has none as it is."""
+    if getattr(train_loader, "augmentation", None) is None:
+        return train_loader
+    original = copy.copy(train_loader)
+    original.augmentation = None
+    return original
+
+
+def changes_batch_alike(augmentation, image):
+    """Return whether an augmentation is random, but the same for all images of a batch.
+
+    It is tried eight times on a batch of two equal images `(1, 1, 28, 28)`. The random numbers of training
+    stay the same.
+    """
+    batches = []
+    with torch.random.fork_rng():
+        for _ in range(8):
+            batches.append(augmentation(image.repeat(2, 1, 1, 1)))
+    is_random = any(not torch.equal(batch, batches[0]) for batch in batches)
+    is_alike = all(torch.equal(batch[0], batch[1]) for batch in batches)
+    return is_random and is_alike
+
+
 def normalize(images):
     """Return uint8 images `(..., H, W)` as float32 `(..., 1, H, W)`, normalized with MNIST's mean and std.
 
@@ -275,7 +320,7 @@ def random_affine(data, degrees, shift, scale):
     The amounts are uniform: rotation within ± `degrees`, shift within ± `shift` of the side length
     in each direction, size within 1 ± `scale`.
     """
-    amounts = torch.rand(4, len(data), device=data.device) * 2 - 1
+    amounts = torch.rand(4, len(data), dtype=data.dtype, device=data.device) * 2 - 1
     return affine(data, amounts[0] * degrees, amounts[1:3].T * shift, 1 + amounts[3] * scale)
 
 
@@ -291,8 +336,12 @@ def affine(data, angle, shift, size):
     sin = angle.sin() / size
     rotation = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
     translation = -2 * rotation @ shift.unsqueeze(2)  # grid coordinates run from -1 to 1
-    grid = F.affine_grid(torch.cat([rotation, translation], 2), data.shape, align_corners=False)
-    return F.grid_sample(data - BLACK, grid, align_corners=False) + BLACK
+    side = data.shape[-1]
+    x = torch.linspace(-1, 1, side, dtype=data.dtype, device=data.device) * (side - 1) / side  # pixel centers
+    # `F.affine_grid` is the same sum as a product of matrices, which takes three times as long
+    grid = torch.addcmul(rotation[:, :, 0, None, None] * x, rotation[:, :, 1, None, None], x[:, None])
+    grid = grid + translation[..., None]
+    return F.grid_sample(data - BLACK, grid.permute(0, 2, 3, 1), align_corners=False) + BLACK
 
 
 def load_data(standin=True):
@@ -440,7 +489,7 @@ def setting(name, default):
         return text  # `check_settings` rejects it by name
 
 
-def check_settings(model, epochs, batch_size, seed, resume):
+def check_settings(model, epochs, batch_size, seed, resume, checkpoints):
     """Raise ValueError, naming the setting and its valid values, if a setting is invalid."""
     if model not in RECIPES:
         raise ValueError(
@@ -454,432 +503,38 @@ def check_settings(model, epochs, batch_size, seed, resume):
             raise ValueError(f"{name} is {value!r}: it must be an integer from {lowest} to 999,999,999")
     if resume not in (True, False):
         raise ValueError(f"RESUME is {resume!r}: choose True or False")
-
-
-# ---- runs and checkpoints ----
-
-
-@dataclass
-class History:
-    """One value per completed epoch."""
-
-    train_losses: list = field(default_factory=list)  # means per sample
-    train_acc: list = field(default_factory=list)  # percent
-    test_losses: list = field(default_factory=list)
-    test_acc: list = field(default_factory=list)
-    learning_rates: list = field(default_factory=list)  # at the start of the epoch
-    seconds: list = field(default_factory=list, compare=False)  # wall-clock time
-
-    @property
-    def completed(self):
-        """The number of completed epochs."""
-        return len(self.test_acc)
-
-
-@dataclass(repr=False)
-class Run:
-    """A training run: what is trained, its history, and the checkpoint from which it can be resumed.
-
-    The run is described by the objects that it is given (see `describe`). Before it is resumed, its
-    description is compared with that in the checkpoint. The number of epochs is no part of it, so a
-    finished run can be resumed with more epochs, unless the schedule or the end of the augmentation depends
-    on that number and therefore differs.
-
-    The checkpoint always contains the state after a completed epoch. If an earlier run has left one, it is
-    kept under another name when the first epoch of a new run is saved.
-
-    Raise ValueError if the optimizer or the scheduler has been used or belongs to another model, if the
-    file is not a checkpoint, or if it is that of a different run, naming the differences. Raise OSError if
-    a file cannot be read or written.
-    """
-
-    path: str  # of the checkpoint
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler | None
-    train_loader: BatchLoader  # or a DataLoader, or a list of batches
-    test_loader: BatchLoader
-    criterion: Callable
-    epochs: int
-    seed: int
-    augmented_epochs: int | None = None  # in which the loop uses the augmentation of the loader
-    resume: bool = False  # restore the state from the checkpoint; if there is none, start from scratch
-
-    def __post_init__(self):
-        self.path = Path(self.path).expanduser()
-        self.model = unwrap(self.model)
-        self.history = History()
-        reject_used(self.model, self.optimizer, self.scheduler)
-        trained = {"network": self.model}
-        for name in ("train_loader", "test_loader", "optimizer", "scheduler", "criterion", "seed"):
-            trained[name] = getattr(self, name)
-        augmentation = getattr(self.train_loader, "augmentation", None)
-        dataset = getattr(self.train_loader, "dataset", self.train_loader)
-        data_name = getattr(dataset, "name", type(dataset).__name__)
-        data = f"{data_name}, {len(self.train_loader)} batches"
-        if augmentation is None:
-            self.augmented_epochs = None
-        else:
-            trained["augmented_epochs"] = self.augmented_epochs
-            if self.augmented_epochs != 0:
-                data += f", {brief(augmentation)} until epoch {self.augmented_epochs}"
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.title = f"{type(self.model).__name__} on {data_name}"
-        self.summary = (
-            f"{type(self.model).__name__} with {parameters:,} parameters on {data}\n{brief(self.optimizer)},"
-            f" {brief(self.scheduler)}, {brief(self.criterion)}, seed {self.seed}, until epoch {self.epochs}"
-        )
-        print(self)
-        self.description = describe(trained)
-        self.sources = read_sources()
-        if self.resume:
-            self._resume()
-        self._saved = self._pack()  # the state after the last completed epoch
-        self._is_in_epoch = False
-
-    def __str__(self):
-        return self.summary
-
-    def remaining_epochs(self):
-        """Start the epochs that are not completed, up to `epochs`, one after another; yield their numbers.
-
-        If the last one was interrupted, the state after the last completed epoch is restored first.
-        """
-        if self._is_in_epoch:
-            self._restore(load_state(self._saved))
-            print(f"Back to the state after epoch {self.history.completed}")
-        if self.history.completed >= self.epochs:
-            print(f"All {self.epochs} epochs are completed")
-        for epoch in range(self.history.completed + 1, self.epochs + 1):
-            self._start_epoch(epoch)
-            yield epoch
-
-    def _start_epoch(self, epoch):
-        """Seed all random numbers, set the training mode, and note the learning rate and the time.
-
-        Each epoch has its own seed, so that a resumed run draws the same random numbers.
-        """
-        print(f"EPOCH: {epoch}")
-        self._is_in_epoch = True
-        self.model.train()  # a user's own `train` may not do it
-        seed = 1000 * self.seed + epoch
-        torch.manual_seed(seed)
-        generator = getattr(self.train_loader, "generator", None)  # of a DataLoader
-        if generator is not None:
-            generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # NumPy takes no larger ones
-        self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        self.start_time = time.perf_counter()
-
-    def record(self, train_loss, train_acc, test_loss, test_acc):
-        """Append the results of an epoch to the history and save a checkpoint."""
-        self.history.seconds.append(time.perf_counter() - self.start_time)
-        self.history.train_losses.append(float(train_loss))
-        self.history.train_acc.append(float(train_acc))
-        self.history.test_losses.append(float(test_loss))
-        self.history.test_acc.append(float(test_acc))
-        self.history.learning_rates.append(self.learning_rate)
-        content = self._pack()
-        save_checkpoint(self.path, content, keep=self.history.completed == 1)
-        self._saved = content
-        self._is_in_epoch = False
-
-    def _pack(self):
-        """Return the content of a checkpoint with the current state."""
-        scheduler_state = {}
-        if self.scheduler is not None:
-            scheduler_state = self.scheduler.state_dict()
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": without_numpy(self.optimizer.state_dict()),
-            "scheduler": without_numpy(scheduler_state),
-            "description": self.description,
-            "sources": self.sources,
-            "history": vars(self.history),
-        }
-        content = io.BytesIO()
-        torch.save(state, content)
-        return content.getvalue()
-
-    def _resume(self):
-        """Restore the state from the checkpoint, if there is one and it is that of this run."""
-        try:
-            state = load_checkpoint(self.path)
-        except FileNotFoundError:  # any other error does not mean that there is no checkpoint
-            print(f"No checkpoint at {self.path}: training starts from scratch")
-            return
-        differences = list_differences(state["description"], self.description)
-        if differences:
-            raise ValueError(
-                f"{self.path} is the checkpoint of a different run ({differences}): undo these changes, or"
-                " set RESUME = False"
-            )
-        completed = len(state["history"]["test_acc"])
-        if completed > self.epochs:
-            raise ValueError(
-                f"{self.path} has {completed} completed epochs: set EPOCHS to at least that number, or"
-                " RESUME = False"
-            )
-        for name in state["sources"] | self.sources:
-            print_changes(name, state["sources"].get(name, ""), self.sources.get(name, ""))
-        self._restore(state)
-        print(f"Resuming after epoch {completed} of {self.epochs}")
-
-    def _restore(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])  # first, because other parameters do not fit
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.model.load_state_dict(state["model"])
-        self.history = History(**state["history"])
-
-
-def reject_used(model, optimizer, scheduler):
-    """Raise ValueError if the optimizer or the scheduler has been used or belongs to another model."""
-    parameters = set(model.parameters())
-    for group in optimizer.param_groups:
-        if not parameters.issuperset(group["params"]):
-            raise ValueError("the optimizer has parameters that are not the model's: create it again")
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise ValueError("the scheduler belongs to another optimizer: create it again")
-    # A new Adagrad has a state, with step 0. A new SGD has none, and a used one has no step in it.
-    was_stepped = any(state.get("step", 1) > 0 for state in optimizer.state.values())
-    if was_stepped or getattr(scheduler, "last_epoch", 0) > 0:
-        raise ValueError("the optimizer or the scheduler has been used: create the model and both again")
+    if not isinstance(checkpoints, (str, Path)) or not str(checkpoints).strip():
+        raise ValueError(f"CHECKPOINTS is {checkpoints!r}: name a folder, such as 'runs'")
 
 
 # ---- what is trained, as text ----
 
 
 def brief(item):
-    """Return an object in short: a function by its name, others as the call that creates them."""
+    """Return an object in short: a function by its name, others as the call that creates them.
+
+    Equal options give equal texts. Options that differ between the groups of an optimizer are all listed.
+    """
     if isinstance(item, dict):
-        return ", ".join(f"{name}={value}" for name, value in item.items())
+        return ", ".join(f"{name}={brief_value(value)}" for name, value in item.items())
     if isinstance(item, partial):
-        return f"{brief(item.func)}({', '.join([*map(str, item.args), brief(item.keywords)])})"
+        options = brief(dict(sorted(item.keywords.items())))
+        return f"{brief(item.func)}({', '.join([*map(brief_value, item.args), options])})"
     if inspect.isroutine(item) or isinstance(item, type):
         return item.__name__
     if not hasattr(item, "__dict__"):
         return str(item)
-    values = getattr(item, "defaults", vars(item))  # an optimizer keeps its options in `defaults`
+    groups = getattr(item, "param_groups", [vars(item)])  # an optimizer has its options in groups
     options = {}
     for name in inspect.signature(type(item)).parameters:
-        if isinstance(values.get(name), (int, float, str)) and values[name] != 0:
-            options[name] = values[name]
+        values = [group[name] for group in groups if isinstance(group.get(name), (int, float, str))]
+        if any(values):
+            options[name] = " and ".join(map(brief_value, dict.fromkeys(values)))
     return f"{type(item).__name__}({brief(options)})"
 
 
-# Attributes that repeat others, or that do not determine what is trained
-NOT_DESCRIBED = {"training", "optimizer", "base_lrs", "_last_lr", "root"}
-
-
-def describe(parts):
-    """Return what determines the behavior of objects, given by name, as a flat dictionary of texts.
-
-    Objects are described by class and attributes; functions by their source and by what it uses;
-    parameters by shape, and whether they are trained; other tensors by shape and checksum; containers by
-    their keys.
-    """
-    description = {}
-    seen = {}
-    waiting = list(parts.items())
-    for name, value in waiting:
-        description[name], parts = dissect(value)
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value  # a reference, so that no other object gets the same id
-        for key, part in parts.items():
-            if key not in NOT_DESCRIBED and "hook" not in str(key):
-                waiting.append((f"{name}.{key}", part))
-    return description
-
-
-def dissect(value):
-    """Return an object as text, without what its parts say, and its parts as a dictionary."""
-    if isinstance(value, nn.Parameter):
-        return f"{tuple(value.shape)}, requires_grad={value.requires_grad}", {}
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        content = torch.as_tensor(value).detach().cpu().contiguous().flatten().view(torch.uint8)
-        return f"{tuple(value.shape)}, checksum {zlib.crc32(content.numpy())}", {}
-    if isinstance(value, dict):
-        return ", ".join(map(str, value)), value
-    if isinstance(value, (list, tuple)):
-        if len(value) > 100 and isinstance(value[0], int):  # the indices of a Subset
-            return f"{len(value)} numbers, checksum {zlib.crc32(repr(value).encode())}", {}
-        return f"{len(value)} items", dict(enumerate(value))
-    if isinstance(value, partial):
-        return "partial", {"func": value.func, "args": value.args, "keywords": value.keywords}
-    if inspect.isfunction(value) and is_own(value):
-        variables = inspect.getclosurevars(value)
-        return source_of(value), {"defaults": value.__defaults__, **variables.globals, **variables.nonlocals}
-    if inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value):
-        return value.__name__, {}
-    if not hasattr(value, "__dict__"):
-        return re.sub(" at 0x[0-9a-fA-F]+", "", repr(value)), {}
-    return type(value).__qualname__, attributes_of(value)
-
-
-def attributes_of(value):
-    """Return the attributes of an object, and the methods of a class of the user's own."""
-    parts = {}
-    for name, part in vars(value).items():
-        parts[name] = part
-        if name in ("_modules", "_parameters", "_buffers"):
-            parts[name] = ", ".join(part)
-            parts.update(part)
-    if isinstance(value, Optimizer):
-        parts = {}
-        for number, group in enumerate(value.param_groups, 1):
-            for name, option in group.items():
-                parts[f"group {number} {name}"] = option
-    for base in type(value).__mro__:
-        if is_own(base) and base.__module__ not in ("model", "utils"):  # see `read_sources` for these
-            parts.update({name: part for name, part in vars(base).items() if inspect.isfunction(part)})
-    return parts
-
-
-def is_own(item):
-    """Return whether a function or class comes from a cell or a file of the user, not from a library."""
-    name = getattr(item, "__module__", None) or "__main__"
-    if name == "__main__":
-        return True
-    file = getattr(sys.modules.get(name), "__file__", None) or "site-packages"
-    return name.split(".")[0] not in sys.stdlib_module_names and "-packages" not in file
-
-
-def source_of(function):
-    """Return the source of a function without comments, or its code if there is no source."""
-    try:
-        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(function))))
-    except (OSError, SyntaxError):
-        code = function.__code__
-        return re.sub(" at 0x[0-9a-fA-F]+", "", f"{code.co_names} {code.co_consts} {code.co_code.hex()}")
-
-
-def list_differences(saved, current):
-    """Return the entries in which two descriptions differ, three of them with both texts.
-
-    An entry that only one of the two has is no difference: containers list their keys, and the attributes
-    of PyTorch's objects come and go with its versions.
-    """
-    differences = []
-    for name, here in current.items():
-        there = saved.get(name, here)
-        lines = itertools.zip_longest(there.splitlines(), here.splitlines(), fillvalue="nothing")
-        for before, now in lines:
-            if before != now:
-                before = textwrap.shorten(before, 90)
-                now = textwrap.shorten(now, 90)
-                differences.append(f"{name}: checkpoint {before}, current {now}")
-                break
-    if len(differences) > 3:
-        differences[3:] = [f"and {len(differences) - 3} more"]
-    return "; ".join(differences)
-
-
-def read_sources():
-    """Return the texts that determine a run beyond its description, by name: files, and the running cell."""
-    sources = {}
-    for name in ("model.py", "utils.py"):
-        sources[name] = Path(__file__).with_name(name).read_text(encoding="utf-8")
-    shell = get_ipython()
-    if shell is not None:
-        cell = shell.user_ns["In"][-1]
-        sources["the training cell"] = cell
-        for name in sorted(set(re.findall(r"\w+", cell))):
-            item = shell.user_ns.get(name)
-            if inspect.isfunction(item) and item.__module__ == "__main__":
-                sources[name] = source_of(item)
-    return sources
-
-
-def print_changes(name, there, here):
-    """Print a warning with the lines, at most ten, in which a source text differs from the checkpoint's."""
-    lines = []
-    for line in difflib.unified_diff(there.splitlines(), here.splitlines(), n=0, lineterm=""):
-        if not line.startswith(("---", "+++", "@@")):
-            lines.append(line)
-    if len(lines) > 10:
-        lines[10:] = [f"and {len(lines) - 10} more lines"]
-    if lines:
-        print(f"Warning: {name} has changed since the checkpoint (- before, + now):")
-        print("\n".join(lines))
-
-
-# ---- files ----
-
-
-def without_numpy(value):
-    """Return nested dictionaries and lists with Python's numbers in place of NumPy's.
-
-    `np.logspace` gives such learning rates, and `torch.load` would reject them in a checkpoint.
-    """
-    if isinstance(value, dict):
-        return {key: without_numpy(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(without_numpy(item) for item in value)
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
-
-
-def save_checkpoint(path, content, keep=False):
-    """Write a checkpoint; at any moment, the old or the new one is there, complete.
-
-    Missing folders are created. With `keep=True`, the old one is kept under another name. Raise OSError,
-    naming the remedy, if the file cannot be written.
-    """
-    unfinished = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        if keep:
-            keep_previous(path)
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise OSError(
-            f"cannot write the checkpoint {path} ({error.strerror}): free disk space, fix the permissions, or"
-            " set CHECKPOINTS to another folder and copy the last checkpoint there"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()  # is still there if writing failed or was interrupted
-
-
-def keep_previous(path):
-    """Rename the file at `path`, if there is one, to `*.previous-1.pt`, `*.previous-2.pt` and so on."""
-    names = os.listdir(path.parent)
-    if path.name not in names:
-        return
-    for number in itertools.count(1):
-        previous = f"{path.stem}.previous-{number}{path.suffix}"
-        if previous not in names:
-            os.replace(path, path.with_name(previous))
-            return
-
-
-def load_checkpoint(path):
-    """Return the state that a `Run` saved at `path`: a dictionary, with its tensors on the CPU.
-
-    Its keys are `model`, `optimizer`, `scheduler`, `description`, `sources` and `history`. Code that the
-    file may contain is not run. Raise OSError if the file cannot be read, ValueError if it is not a
-    checkpoint.
-    """
-    content = Path(path).expanduser().read_bytes()
-    try:
-        corrupted = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load ignores the CRCs
-        if corrupted is not None:
-            raise ValueError(f"{corrupted} has another CRC")
-        return load_state(content)
-    except Exception as error:  # what torch.load raises depends on where the file is corrupted
-        reason = type(error).__name__
-        raise ValueError(
-            f"{path} is not a checkpoint of this notebook, or corrupted ({reason}): set RESUME = False"
-        ) from None
-
-
-def load_state(content):
-    """Return the state in the content of a checkpoint."""
-    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    names = ("model", "optimizer", "scheduler", "description", "sources", "history")
-    return {name: dict(state[name]) for name in names}
+def brief_value(value):
+    """Return an option as text; numbers with at most six digits, so that 1 and 1.0 are the same."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{value:.6g}"
+    return str(value)

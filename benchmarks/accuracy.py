@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 import utils
 from model import MODELS, Model1, Model2, Model4
+from runs import RECORDED, ROOT, describe_machine
 from utils import RECIPES
 
-CSV = common.ROOT / "benchmarks" / "accuracy.csv"
+CSV = ROOT / "benchmarks" / "accuracy.csv"
 CONSTANT_RATE = {"step_size": 1, "gamma": 1.0}  # arguments of StepLR
 NOT_AUGMENTED = replace(RECIPES["Model4"], augmentation=None)
 AUGMENTED_UNTIL_THE_END = replace(RECIPES["Model4"], clean_epochs=0)
@@ -53,9 +54,9 @@ def train_and_describe(name, schedule, seed, data):
     rows = []
     for index in range(common.EPOCHS):
         row = {"model": name, "schedule": schedule, "seed": seed, "epoch": index + 1}
-        for column, field in common.ACCURACY_COLUMNS.items():
+        for column, field in RECORDED.items():
             row[column] = round(getattr(history, field)[index], 6)
-        rows.append(row | common.machine_columns(device))
+        rows.append(row | describe_machine(device))
     return rows
 
 
@@ -65,7 +66,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=common.SEEDS)
     args = parser.parse_args()
     data = utils.load_data(standin=False)
-    device = common.machine_columns(utils.choose_device())["device"]
+    device = describe_machine(utils.choose_device())["device"]
     for seed in args.seeds:
         for name, schedule in tqdm(EXPERIMENTS, desc=f"seed {seed}"):
             columns = {"model": name, "schedule": schedule, "seed": str(seed), "device": device}

@@ -1,11 +1,10 @@
-"""What the benchmark programs share: training, CSV files and the recorded runs.
+"""What the benchmark programs share: training and CSV files.
 
 A program imports this module before torch, because of `GOMP_SPINCOUNT`.
 """
 
 import csv
 import os
-import statistics
 import sys
 from pathlib import Path
 
@@ -15,25 +14,15 @@ if sys.platform == "linux":
     # process keeps the machine busy. It reads the limit when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-import plots
 import utils
 from model import create_model
+from runs import Run, load_checkpoint
 
-ROOT = Path(utils.__file__).resolve().parent
 EPOCHS = 15
 SEEDS = (1, 2, 3, 4, 5)
-ACCURACY_COLUMNS = {  # of accuracy.csv, with the field of `utils.History` that each one records
-    "train_loss": "train_losses",
-    "train_acc": "train_acc",
-    "test_loss": "test_losses",
-    "test_acc": "test_acc",
-    "learning_rate": "learning_rates",
-    "seconds": "seconds",
-}
 
 # ---- training ----
 
@@ -44,8 +33,8 @@ def count_parameters(model):
 
 
 def checkpoint_path(name):
-    """Return the path of a checkpoint in the folder `S7_CHECKPOINTS` (default `checkpoints`)."""
-    return Path(os.environ.get("S7_CHECKPOINTS") or "checkpoints") / f"{name}.pt"
+    """Return the path of a checkpoint in the folder `S7_CHECKPOINTS` (default `runs`)."""
+    return Path(os.environ.get("S7_CHECKPOINTS") or "runs") / f"{name}.pt"
 
 
 def train_model(name, model, optimizer, recipe, data, seed):
@@ -63,23 +52,23 @@ def train_model(name, model, optimizer, recipe, data, seed):
     test_loader = utils.BatchLoader(test_set, recipe.batch_size, device)
     scheduler = recipe.scheduler(optimizer, **recipe.scheduler_args)
     augmented_epochs = EPOCHS - recipe.clean_epochs
-    run = utils.Run(
+    run = Run(
         checkpoint_path(name),
-        model,
-        optimizer,
-        scheduler,
-        train_loader,
-        test_loader,
-        F.nll_loss,
-        EPOCHS,
-        seed,
-        augmented_epochs,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        criterion=F.nll_loss,
+        train_loader=train_loader,
+        augmented_epochs=augmented_epochs,
+        epochs=EPOCHS,
+        seed=seed,
         resume=True,
     )
     for epoch in run.remaining_epochs():
+        loader = train_loader
         if epoch > augmented_epochs:
-            train_loader.augmentation = None
-        train_loss, train_acc = utils.train(model, device, train_loader, optimizer, F.nll_loss)
+            loader = utils.without_augmentation(train_loader)
+        train_loss, train_acc = utils.train(model, device, loader, optimizer, F.nll_loss)
         test_loss, test_acc = utils.test(model, device, test_loader, F.nll_loss)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(test_loss)
@@ -91,22 +80,14 @@ def train_model(name, model, optimizer, recipe, data, seed):
 
 def load_model(path):
     """Return the name and the network of a checkpoint of this repository, in evaluation mode."""
-    state = utils.load_checkpoint(path)
-    name = state["description"]["network"]
+    state = load_checkpoint(path)
+    name = state["summary"]["network"].split()[0]
     model = create_model(name)
     model.load_state_dict(state["model"])
     return name, model.eval()
 
 
 # ---- CSV files ----
-
-
-def machine_columns(device):
-    """Return the columns of a row that describe the machine, as a dictionary."""
-    hardware = "CPU"
-    if device == "cuda":
-        hardware = torch.cuda.get_device_name()
-    return {"device": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def read_rows(path):
@@ -138,36 +119,3 @@ def write_rows(rows, path):
     """Write dictionaries to a CSV file and overwrite its contents."""
     Path(path).unlink(missing_ok=True)
     append_rows(rows, path)
-
-
-# ---- recorded runs ----
-
-
-def recorded_runs():
-    """Return the runs on a CPU that accuracy.csv contains.
-
-    They are a dictionary from (model, schedule) to a dictionary from seed, in ascending order, to
-    `utils.History`. Models 2 and 3 are the same network, and Model3's learning rate never dropped: its runs
-    are bit-identical to runs of both models at a constant rate, and are returned under those keys too.
-    """
-    runs = {}
-    rows = read_rows(ROOT / "benchmarks" / "accuracy.csv")
-    for row in sorted(rows, key=lambda row: int(row["seed"])):
-        if row["device"] == "CPU":
-            histories = runs.setdefault((row["model"], row["schedule"]), {})
-            history = histories.setdefault(int(row["seed"]), utils.History())
-            for column, name in ACCURACY_COLUMNS.items():
-                getattr(history, name).append(float(row[column]))
-    runs["Model2", "constant"] = runs["Model3", "described"]
-    runs["Model3", "constant"] = runs["Model3", "described"]
-    return runs
-
-
-def mean_of_last_epochs(history):
-    """Return the mean test accuracy of the last epochs of a run, in percent."""
-    return statistics.mean(history.test_acc[-plots.LAST_EPOCHS :])
-
-
-def lowest_of_last_epochs(history):
-    """Return the lowest test accuracy of the last epochs of a run, in percent."""
-    return min(history.test_acc[-plots.LAST_EPOCHS :])

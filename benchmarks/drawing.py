@@ -25,6 +25,7 @@ from playwright.sync_api import sync_playwright
 
 import utils
 from drawing_field import drawing_field
+from runs import ROOT, describe_machine
 
 IMAGES = 500
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -84,7 +85,7 @@ def measure(browser, model, name, test_set):
         "largest_difference": f"{(probabilities - expected).abs().max():.1e}",
         "median_ms": f"{statistics.median(result['milliseconds'] for result in results):.1f}",
         "browser": f"Chrome/{browser.version}",
-        **common.machine_columns("cpu"),
+        **describe_machine("cpu"),
     }
 
 
@@ -107,7 +108,7 @@ def draw_screenshot(browser, model, name):
     page.mouse.up()
     page.mouse.move(0, 0)
     page.evaluate("new Promise(requestAnimationFrame)")  # the prediction is shown with the next frame
-    page.screenshot(path=common.ROOT / "images" / "drawing.png")
+    page.screenshot(path=ROOT / "images" / "drawing.png")
 
 
 def main():
@@ -116,7 +117,7 @@ def main():
     with running_browser() as browser:
         row = measure(browser, model, name, test_set[:IMAGES])
         draw_screenshot(browser, model, name)
-    common.write_rows([row], common.ROOT / "benchmarks" / "drawing.csv")
+    common.write_rows([row], ROOT / "benchmarks" / "drawing.csv")
 
 
 if __name__ == "__main__":

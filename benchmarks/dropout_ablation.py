@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 import utils
+from runs import ROOT, describe_machine
 
 
 @torch.no_grad()
@@ -43,8 +44,8 @@ def main():
             torch.manual_seed(seed)
             accuracy = measure_accuracy(model, active, loader)
             row = {"dropout": setting, "seed": seed, "train_acc": f"{accuracy:.3f}"}
-            rows.append(row | common.machine_columns("cpu"))
-    common.write_rows(rows, common.ROOT / "benchmarks" / "dropout_ablation.csv")
+            rows.append(row | describe_machine("cpu"))
+    common.write_rows(rows, ROOT / "benchmarks" / "dropout_ablation.csv")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 import utils
 from model import create_model
+from runs import ROOT, describe_machine
 
-CSV = common.ROOT / "benchmarks" / "epoch_time.csv"
+CSV = ROOT / "benchmarks" / "epoch_time.csv"
 MEASURED = ("Model3", "Model4")
 ROUNDS = 5
 DATALOADER = "DataLoader"
@@ -135,7 +136,7 @@ def main():
                     "spincount": os.environ.get("GOMP_SPINCOUNT", ""),
                     "seconds": f"{measure(name, variant, train_set, device):.3f}",
                 }
-                rows.append(row | common.machine_columns(device))
+                rows.append(row | describe_machine(device))
             common.append_rows(rows, CSV)
 
 

@@ -15,6 +15,7 @@ import tables
 import plots
 import utils
 from model import MODELS
+from runs import recorded_runs
 
 WIDTH = 6.5  # inches, as in the notebook; the text stays legible on a phone
 CONSTANT_COLOR = "#CC79A7"
@@ -28,7 +29,7 @@ def plot_steps(runs):
     """Plot the mean of the last epochs of every seed, a row per step from Model1 to Model4, and the mean."""
     figure, axis = plt.subplots(figsize=(WIDTH, 4.4), layout="constrained")
     for row, key in enumerate(tables.STEPS.values()):
-        values = list(map(common.mean_of_last_epochs, runs[key].values()))
+        values = list(map(plots.mean_of_last_epochs, runs[key].values()))
         mean = statistics.mean(values)
         axis.scatter(values, [row] * len(values), color=plots.TEST_COLOR, alpha=0.5, s=36)
         axis.plot(mean, row, color=plots.TRAIN_COLOR, marker="|", markersize=18, markeredgewidth=2.5)
@@ -88,7 +89,7 @@ def plot_curves(name, runs):
 
 
 def plot_seeds(axis, histories, field, color, label):
-    """Plot a field of `utils.History`: one thin line per seed, and a thick one for their mean."""
+    """Plot a field of `runs.History`: one thin line per seed, and a thick one for their mean."""
     lines = [getattr(history, field) for history in histories]
     epochs = range(1, common.EPOCHS + 1)
     for values in lines:
@@ -114,7 +115,7 @@ def mark_best_losses(axis, histories):
 
 
 def main():
-    runs = common.recorded_runs()
+    runs = recorded_runs()
     plot_steps(runs)
     for name in MODELS:
         plot_curves(name, runs)

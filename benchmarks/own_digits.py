@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 import own_digit
 import utils
+from runs import ROOT, describe_machine
 
-CSV = common.ROOT / "benchmarks" / "own_digits.csv"
+CSV = ROOT / "benchmarks" / "own_digits.csv"
 IMAGES = 100  # per kind of picture
 
 # Brightness from 0 to 255
@@ -254,7 +255,7 @@ def measure(model, name, title, test_set):
         "rejected": 100 * rejected / IMAGES,
         "accuracy": 100 * correct / IMAGES,
         "confident_errors": 100 * confident_errors / IMAGES,
-        **common.machine_columns("cpu"),
+        **describe_machine("cpu"),
     }
 
 

@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 import plots
 import utils
-from model import Network, conv, first_block, separable_block
+from model import Network, conv, conv_block, first_block, separable_block
+from runs import ROOT, describe_machine
 
-CSV = common.ROOT / "benchmarks" / "search.csv"
+CSV = ROOT / "benchmarks" / "search.csv"
 BASE = utils.Recipe(  # Model4's when the search began; written out, so that recorded rows keep their meaning
     sgd=dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
     scheduler=StepLR,
@@ -47,11 +48,27 @@ class Configuration(NamedTuple):
     after: list  # and after it
     changes: dict  # of `BASE`, the augmentation as the arguments of `utils.random_affine`
     seeds: tuple = (1, 2, 3)
+    block: str = "separable"  # a name in `BLOCKS`
 
 
+def normalized_block(in_channels, out_channels):
+    """Return 3×3 convolution → BatchNorm → ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+BLOCKS = {  # by the name in search.csv
+    "separable": separable_block,
+    "conv-bn-relu": normalized_block,
+    "conv-relu-bn": conv_block,  # Model2's
+}
 EARLIER_MODEL4 = ([16, 16, 24], [32, 36, 36, 36])
 MODEL4 = ([16, 16], [32, 32, 32, 32, 40])
 MODEL5 = ([16, 16], [24, 24, 24, 28])
+SIX = {"clean_epochs": 6}
 CONFIGURATIONS = [
     # the recipe
     Configuration(*EARLIER_MODEL4, {}),
@@ -98,27 +115,42 @@ CONFIGURATIONS = [
     Configuration(*MODEL5, {"clean_epochs": 6, "teacher": "Model4", "temperature": 2}, seeds=(1, 2, 3, 4, 5)),
     # the design exercise: a network whose width grows from block to block
     Configuration([16, 16], [24, 32, 40, 48], {"clean_epochs": 6}),
+    # standard 3×3 convolutions instead of separable blocks, below 8,000 parameters; Model4 again, on the same
+    # machine (the batch size is that of `BASE`)
+    Configuration(*MODEL4, {**SIX, "batch_size": 128}, seeds=(1, 2, 3, 4, 5)),
+    Configuration([8, 8], [13, 13, 13, 13, 13], SIX, block="conv-bn-relu"),
+    Configuration([8, 8], [8, 8, 16, 16, 16], SIX, block="conv-bn-relu"),
+    Configuration([8, 9], [12, 12, 13, 13, 14], SIX, block="conv-bn-relu"),
+    Configuration([8, 8], [12, 14, 16, 16], SIX, block="conv-bn-relu"),
+    Configuration([8, 8], [13, 13, 13, 13, 13], SIX, block="conv-relu-bn"),
+    Configuration([10, 10], [14, 14, 14, 14], SIX, block="conv-bn-relu"),
+    Configuration([8, 8], [8, 8, 16, 16, 16], SIX, block="conv-relu-bn"),
+    Configuration([8, 8, 8], [14, 14, 14, 14], SIX, block="conv-bn-relu"),
 ]
 
 
 class Candidate(Network):
-    """A network like Model4, with other numbers of channels.
+    """A network like Model4, with other numbers of channels and other blocks.
 
-    `before` and `after` list the output channels of the blocks before and after the pool. With
-    Model4's numbers, the same seed gives the same weights under the same names.
+    `before` and `after` list the output channels of the blocks before and after the pool, and `block` is a
+    name in `BLOCKS`.
     """
 
-    def __init__(self, before, after):
+    def __init__(self, before, after, block):
         super().__init__()
         channels = before + after
+        create_block = BLOCKS[block]
         self.block1 = first_block(channels[0])
+        if block == "conv-relu-bn":
+            self.block1 = conv_block(1, channels[0])
         for number, (in_channels, out_channels) in enumerate(pairwise(channels), 2):
             if number == len(before) + 1:
                 self.pool = nn.MaxPool2d(2)
-            self.add_module(f"block{number}", separable_block(in_channels, out_channels))
+            self.add_module(f"block{number}", create_block(in_channels, out_channels))
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.logits = conv(channels[-1], 10)
-        self.to(memory_format=torch.channels_last)
+        if block == "separable":
+            self.to(memory_format=torch.channels_last)
 
 
 def changed_recipe(changes):
@@ -131,6 +163,7 @@ def changed_recipe(changes):
 def identity(configuration, seed):
     """Return the columns of search.csv that identify a run, as a dictionary of strings."""
     return {
+        "block": configuration.block,
         "before": " ".join(map(str, configuration.before)),
         "after": " ".join(map(str, configuration.after)),
         "changes": json.dumps(configuration.changes),
@@ -143,19 +176,21 @@ def train_and_describe(configuration, seed, data):
     recipe = changed_recipe(configuration.changes)
     columns = identity(configuration, seed)
     torch.manual_seed(seed)
-    model = Candidate(configuration.before, configuration.after).to(utils.choose_device())
+    model = Candidate(configuration.before, configuration.after, configuration.block).to(
+        utils.choose_device()
+    )
     optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
     name = "search-" + re.sub("[^A-Za-z0-9.]+", "-", " ".join(columns.values()))
     history = common.train_model(name, model, optimizer, recipe, data, seed)
     return {
         **columns,
         "parameters": common.count_parameters(model),
-        "mean_last_five": round(common.mean_of_last_epochs(history), 3),
-        "worst_last_five": common.lowest_of_last_epochs(history),
+        "mean_last_five": round(plots.mean_of_last_epochs(history), 3),
+        "worst_last_five": plots.lowest_of_last_epochs(history),
         "loss_last_five": round(statistics.mean(history.test_losses[-plots.LAST_EPOCHS :]), 5),
         "val_acc_by_epoch": " ".join(f"{accuracy:.2f}" for accuracy in history.test_acc),
         "seconds": round(statistics.median(history.seconds), 1),
-        **common.machine_columns(utils.choose_device()),
+        **describe_machine(utils.choose_device()),
     }
 
 

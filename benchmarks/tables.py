@@ -19,18 +19,19 @@ import search
 
 import plots
 from model import MODELS, create_model
+from runs import ROOT, recorded_runs
 
-FOLDER = common.ROOT / "benchmarks"
-PAGES = [common.ROOT / "README.md", FOLDER / "README.md"]
+FOLDER = ROOT / "benchmarks"
+PAGES = [ROOT / "README.md", FOLDER / "README.md"]
 START = "<!-- table: "
 END = "<!-- /table -->"
-HIDDEN = ("model", "seed", "device", "threads", "torch")  # columns that are the same in all rows of a file
+HIDDEN = ("model", "seed", "device", "threads", "torch", "processor")  # the same in all rows of a file
 MEAN = f"mean, last {plots.LAST_EPOCHS}"  # the title of a column
 MEASURES = {  # of a run, by the title of their column
     "train, best": lambda history: max(history.train_acc),
     "test, best": lambda history: max(history.test_acc),
     "last": lambda history: history.test_acc[-1],
-    "min": common.lowest_of_last_epochs,
+    "min": plots.lowest_of_last_epochs,
 }
 PUBLISHED = {  # the best train and test accuracy of the published runs
     "Model1": (88.88, 98.53),
@@ -101,8 +102,8 @@ def gain_cell(differences):
 
 def result_cells(histories):
     """Return cells about the last epochs of some runs: mean, lowest, and where all runs stay above 99.4 %."""
-    mean = mean_and_deviation(list(map(common.mean_of_last_epochs, histories)))
-    lowest = min(map(common.lowest_of_last_epochs, histories))
+    mean = mean_and_deviation(list(map(plots.mean_of_last_epochs, histories)))
+    lowest = min(map(plots.lowest_of_last_epochs, histories))
     epochs = [plots.first_epoch_above(history.test_acc) for history in histories]
     first = "never"
     if None not in epochs:
@@ -164,7 +165,7 @@ def steps_table(titles, steps, runs, baseline=None):
     for change, key in steps.items():
         histories = runs[key]
         mean, lowest, _ = result_cells(histories.values())
-        differences = paired_differences(common.mean_of_last_epochs, histories, before)
+        differences = paired_differences(plots.mean_of_last_epochs, histories, before)
         rows.append([change, mean, lowest, gain_cell(differences)])
         before = runs.get(baseline, histories)
     first, last = titles
@@ -211,9 +212,10 @@ def design_table():
 def search_table(rows):
     """Return the results of each configuration of the search, over its seeds."""
     lines = []
-    for values, runs in group_by(rows, "before", "after", "parameters", "changes").items():
-        before, after, parameters, changes = values
+    for values, runs in group_by(rows, "block", "before", "after", "parameters", "changes").items():
+        block, before, after, parameters, changes = values
         cells = [
+            block,
             f"{before} → {after}",
             f"{int(parameters):,}",
             recipe_text(json.loads(changes)),
@@ -223,12 +225,13 @@ def search_table(rows):
             f"{statistics.mean(numbers(runs, 'loss_last_five')):.4f}",
         ]
         lines.append(cells)
-    return markdown_table("network | size | recipe | seeds | mean | min | loss", lines)
+    return markdown_table("block | widths | size | recipe | seeds | mean | min | loss", lines)
 
 
 def recipe_text(changes):
     """Return the changes of a recipe, a nested dictionary, as text: "batch size 64, lr 0.07"."""
-    base = {**search.BASE.sgd, **search.BASE.scheduler_args, **search.BASE.augmentation.keywords}
+    base = {**vars(search.BASE), **search.BASE.sgd, **search.BASE.scheduler_args}
+    base |= search.BASE.augmentation.keywords
     parts = []
     for name, value in changes.items():
         if isinstance(value, dict):
@@ -288,7 +291,7 @@ def columns_table(rows):
 
 def create_tables():
     """Return every table as text, by name."""
-    runs = common.recorded_runs()
+    runs = recorded_runs()
     tables = {
         "overview": overview_table(runs),
         "steps": steps_table(("step", "gain"), STEPS, runs),

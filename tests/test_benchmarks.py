@@ -9,6 +9,7 @@ import pytest
 import search
 import tables
 
+import runs
 import utils
 
 SEED_1 = [97, 98.9, 99.0, 99.2, 98.8, 99.1, 99.0]  # test accuracies per epoch; mean of the last five: 99.02
@@ -17,9 +18,9 @@ ABOVE_FROM_3 = [98, 99.3, 99.5, 99.4, 99.6, 99.5, 99.5]  # 99.50
 ABOVE_FROM_2 = [98, 99.4, 99.5, 99.7, 99.6, 99.5, 99.5]  # 99.56
 
 
-def histories(*runs):
+def histories(*accuracies):
     """Return runs with the given test accuracies, as a dictionary from seed."""
-    return {seed: utils.History(test_acc=test_acc) for seed, test_acc in enumerate(runs, 1)}
+    return {seed: runs.History(test_acc=test_acc) for seed, test_acc in enumerate(accuracies, 1)}
 
 
 def test_interrupted_run_is_resumed_and_recorded_once(small, tmp_path, monkeypatch):
@@ -44,9 +45,9 @@ def test_interrupted_run_is_resumed_and_recorded_once(small, tmp_path, monkeypat
         accuracy.main()
     accuracy.main()
     accuracy.main()
-    assert len(trained) == 5
+    assert len(trained) == 6  # the last completed epoch was repeated
     rows = common.read_rows(accuracy.CSV)
-    committed = common.read_rows(common.ROOT / "benchmarks" / "accuracy.csv")
+    committed = common.read_rows(runs.ROOT / "benchmarks" / "accuracy.csv")
     assert list(rows[0]) == list(committed[0])
     recorded = [(row["schedule"], row["epoch"], row["learning_rate"]) for row in rows]
     assert recorded[:2] == [("constant", "1", "0.1"), ("constant", "2", "0.1")]
@@ -64,16 +65,16 @@ def test_runs_of_the_search_are_recorded_under_their_configurations():
 
 def test_results_are_hand_computed_values():
     """The first epoch with at least 99.4 % from there on is 3 and 2: the later one is reported."""
-    runs = histories(ABOVE_FROM_3, ABOVE_FROM_2)
-    assert tables.result_cells(runs.values()) == ["99.53 ± 0.04", "99.40", 3]
-    runs = histories(SEED_1, ABOVE_FROM_3)
-    assert tables.result_cells(runs.values())[1:] == ["98.80", "never"]
+    both = histories(ABOVE_FROM_3, ABOVE_FROM_2)
+    assert tables.result_cells(both.values()) == ["99.53 ± 0.04", "99.40", 3]
+    one = histories(SEED_1, ABOVE_FROM_3)
+    assert tables.result_cells(one.values())[1:] == ["98.80", "never"]
 
 
 def test_gains_are_paired_by_seed():
     """Of differences of 0.54 and 0.26 the mean is 0.40, and the standard error half of 0.28."""
-    runs = {"a": histories(SEED_1, SEED_2), "b": histories(ABOVE_FROM_2, ABOVE_FROM_3, SEED_1)}
-    table = tables.steps_table(("step", "gain"), {"first": "a", "second": "b"}, runs)
+    recorded = {"a": histories(SEED_1, SEED_2), "b": histories(ABOVE_FROM_2, ABOVE_FROM_3, SEED_1)}
+    table = tables.steps_table(("step", "gain"), {"first": "a", "second": "b"}, recorded)
     _, _, first, second = table.splitlines()
     assert first == "| first | 99.13 ± 0.16 | 98.80 |  |"
     assert second.endswith("| 98.80 | +0.40 ± 0.14 |")

@@ -8,12 +8,13 @@ from http.server import HTTPServer, SimpleHTTPRequestHandler
 from threading import Thread
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, random_split
 from torchvision import datasets, transforms
-from torchvision.transforms import functional
+from torchvision.transforms import functional, v2
 from torchvision.transforms.functional import InterpolationMode
 
 import utils
@@ -50,48 +51,82 @@ def test_loader_gives_the_images_of_torchvision_in_batches(small, expected, crea
 
 def test_part_of_a_digit_set_is_a_digit_set(small):
     dataset = utils.DigitSet("digits", small(10).images, small(10).labels)
-    for index in (slice(2, 9, 3), torch.tensor([2, 5, 8])):
+    for index in (slice(2, 9, 3), torch.tensor([2, 5, 8]), [2, 5, 8]):
         part = dataset[index]
         assert part.name == "digits"
         assert len(part) == 3
         assert torch.equal(part.images[1], dataset.images[5])
         assert part.labels[1] == dataset.labels[5]
+    for index in (5, np.int64(5), torch.tensor(5)):
+        image, label = dataset[index]
+        assert torch.equal(image, utils.normalize(dataset.images[5]))
+        assert label == dataset.labels[5]
+
+
+def test_arrays_and_lists_make_the_set_that_tensors_make(small):
+    images, labels = small(3).images, small(3).labels
+    dataset = utils.DigitSet("arrays", images.numpy(), labels.tolist())
+    assert torch.equal(dataset.images, images)
+    assert torch.equal(dataset.labels, labels)
 
 
 def test_validation_split_is_the_one_of_the_recorded_runs():
-    numbers = torch.arange(60_000)
+    labels = torch.arange(60_000) * 7919 % 10007 % 10  # not periodic
     torch.manual_seed(5)
-    train_set, validation_set = utils.split(utils.DigitSet("numbers", numbers.byte(), numbers))
+    dataset = utils.DigitSet("labels", torch.zeros(1, 28, 28).byte().expand(60_000, 28, 28), labels)
+    train_set, validation_set = utils.split(dataset)
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(train_set.labels, order[:50_000])
-    assert torch.equal(validation_set.labels, order[50_000:])
+    assert torch.equal(train_set.labels, labels[order[:50_000]])
+    assert torch.equal(validation_set.labels, labels[order[50_000:]])
 
 
 def test_shuffle_is_a_new_permutation_in_every_epoch(small):
-    images = small(300).images
-    loader = utils.BatchLoader(utils.DigitSet("numbers", images, torch.arange(300)), 128, "cpu", shuffle=True)
+    dataset = small(300)
+    dataset.labels = torch.arange(300)  # tell the images apart
+    loader = utils.BatchLoader(dataset, 128, "cpu", shuffle=True)
     data, first = collect(loader)
     _, second = collect(loader)
     assert not torch.equal(first, second)
     for order in (first, second):
         assert torch.equal(order.sort().values, torch.arange(300))
-    assert torch.equal(data, utils.normalize(images[first]))  # images keep their labels
+    assert torch.equal(data, utils.normalize(dataset.images[first]))  # images keep their labels
 
 
-def test_every_batch_is_augmented_until_the_augmentation_is_removed(small, expected):
+def test_every_batch_is_augmented_and_a_second_loader_gives_the_original_images(small, expected):
     loader = utils.BatchLoader(small(300), 128, "cpu", augmentation=torch.neg)
+    original = utils.without_augmentation(loader)
+    torch.testing.assert_close(collect(original)[0], expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(collect(loader)[0], -expected, atol=1e-6, rtol=0)
-    loader.augmentation = None
-    torch.testing.assert_close(collect(loader)[0], expected, atol=1e-6, rtol=0)
+    batches = [(expected, small(300).labels)]
+    assert utils.without_augmentation(batches) is batches
 
 
-def test_floats_other_data_sets_and_transforms_of_torchvision_are_refused(small):
+def test_data_that_are_no_digits_are_refused(small):
+    images = small(3).images
     with pytest.raises(TypeError, match="float32.*uint8"):
-        utils.DigitSet("floats", torch.zeros(3, 28, 28), torch.zeros(3).long())
+        utils.DigitSet("floats", images.float(), [1, 2, 3])
+    for shaped in (images[..., None], images[:, None], images[:2]):
+        with pytest.raises(ValueError, match=r"images are .* and labels \(3,\): give .* \(N, 28, 28\)"):
+            utils.DigitSet("shapes", shaped, [1, 2, 3])
+    with pytest.raises(ValueError, match="labels are from 1 to 10, instead of 0 to 9"):
+        utils.DigitSet("classes", images, [1, 2, 10])
     with pytest.raises(TypeError, match="Subset.*DigitSet.*DataLoader"):
         utils.BatchLoader(random_split(small(10), [4, 6])[0], 2, "cpu")
-    with pytest.raises(TypeError, match="RandomRotation.*DataLoader"):
-        utils.BatchLoader(small(10), 2, "cpu", augmentation=transforms.RandomRotation(10))
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        transforms.RandomRotation(10),
+        torch.nn.Sequential(v2.RandomRotation(10)),
+        transforms.RandomHorizontalFlip(),
+    ],
+)
+def test_augmentation_that_changes_all_images_of_a_batch_alike_is_refused(small, augmentation):
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="alike.*DataLoader"):
+        utils.BatchLoader(small(10), 2, "cpu", augmentation=augmentation)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # ---- augmentation ----

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
+import runs
 import utils
 from model import create_model
 
@@ -86,7 +87,7 @@ def test_training_cell_trains_as_a_plain_loop_of_pytorch(kernel, small):
     with torch.no_grad():
         loss = F.nll_loss(model.eval()(utils.normalize(test_set.images)), test_set.labels)
 
-    state = utils.load_checkpoint("checkpoints/Model4-seed2.pt")
+    state = runs.load_checkpoint("runs/Model4-seed2.pt")
     for name, value in model.state_dict().items():
         assert torch.equal(state["model"][name], value), name
     assert len(state["history"]["test_acc"]) == 7
@@ -262,7 +263,7 @@ def test_notebook_clones_the_repository_beside_foreign_files_and_runs(executed):
     assert "Model4 on stand-in digits (not MNIST): 1 epoch," in text
     (progress,) = re.findall(r".*\d+%\|.*", text)  # one line, not one for each refresh
     assert re.match(r"Train: Loss=\S+ Batch_id=46 Accuracy=\S+: 100%\|█+\| 47/47", progress)
-    assert (folder / "S7" / "checkpoints" / "Model4-seed1.pt").exists()
+    assert (folder / "S7" / "runs" / "Model4-seed1.pt").exists()
     assert (folder / "model.py").read_text(encoding="utf-8") == "mine"
 
 

@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from torch import nn
 
 import plots
-import utils
+import runs
 from model import create_model
 
 # ---- layers of a model ----
@@ -108,7 +108,7 @@ def test_figures_are_saved_on_request_and_outside_of_a_notebook_say_so(tmp_path,
     assert "mistakes is not shown: set S7_FIGURES" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("S7_FIGURES", str(tmp_path / "new" / "images"))
-    plots.plot_history(utils.History(), "title")
+    plots.plot_history(runs.History(), "title")
     assert (tmp_path / "new" / "images" / "curves.png").stat().st_size > 0
     assert capsys.readouterr().out == ""
 
@@ -127,7 +127,7 @@ def test_at_most_20_digits_are_plotted(figures):
 def history_of(test_acc):
     """Return the history of a run with these accuracies; its rate drops in the last epoch."""
     count = len(test_acc)
-    return utils.History(
+    return runs.History(
         train_losses=[0.5, *[0.1] * (count - 1)],
         train_acc=[80.0, 90.0, *[95.0] * count][:count],
         test_losses=[0.3, *[0.2] * (count - 1)],
@@ -178,7 +178,7 @@ def test_history_without_an_end_of_the_augmentation_has_no_line_for_it(figures, 
 
 
 def test_run_is_summarized():
-    assert plots.summarize_run(utils.History(), "Run") == "Run: no completed epoch"
+    assert plots.summarize_run(runs.History(), "Run") == "Run: no completed epoch"
     assert plots.summarize_run(history_of([98.0]), "Run").splitlines() == [
         "Run: 1 epoch, learning rate 0.01",
         "last epoch: train 80.00 %, test 98.00 %",

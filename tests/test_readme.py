@@ -3,9 +3,10 @@
 import re
 
 import accuracy
-import common
 import pytest
 import tables
+
+from runs import recorded_runs
 
 PAGES = pytest.mark.parametrize("path", tables.PAGES, ids=["README.md", "benchmarks/README.md"])
 
@@ -26,12 +27,12 @@ def test_linked_files_exist(path):
 
 
 def test_five_seeds_of_15_epochs_are_recorded():
-    runs = common.recorded_runs()
+    runs = recorded_runs()
     for experiment in accuracy.EXPERIMENTS:
         completed = {seed: history.completed for seed, history in runs[experiment].items()}
         assert completed == {1: 15, 2: 15, 3: 15, 4: 15, 5: 15}, experiment
 
 
 def test_learning_rate_of_model3_never_dropped():
-    for history in common.recorded_runs()["Model3", "described"].values():
+    for history in recorded_runs()["Model3", "described"].values():
         assert set(history.learning_rates) == {0.01}

@@ -16,6 +16,7 @@ from helpers import assert_identical, interrupt
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
+import runs
 import utils
 
 EPOCHS = 3
@@ -32,8 +33,17 @@ class Parts:
         self.batches = [(torch.randn(20, 9), torch.arange(20) % 10)] * 2
 
     def run(self, path, epochs=EPOCHS, seed=1, resume=False):
-        trained = (self.model, self.optimizer, self.scheduler, self.batches, self.batches, F.cross_entropy)
-        return utils.Run(path, *trained, epochs, seed, resume=resume)
+        return runs.Run(
+            path,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            criterion=F.cross_entropy,
+            train_loader=self.batches,
+            epochs=epochs,
+            seed=seed,
+            resume=resume,
+        )
 
     def train(self, run):
         """Train as the notebook does."""
@@ -62,7 +72,7 @@ def record_epoch(run):
 
 
 def completed_epochs(path):
-    return len(utils.load_checkpoint(path)["history"]["test_acc"])
+    return len(runs.load_checkpoint(path)["history"]["test_acc"])
 
 
 # ---- interruptions ----
@@ -73,7 +83,7 @@ def whole(tmp_path_factory):
     """Return the checkpoint of a run that is not interrupted."""
     path = tmp_path_factory.mktemp("whole") / "run.pt"
     train(path)
-    return utils.load_checkpoint(path)
+    return runs.load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +101,14 @@ def test_run_continues_bit_identically_after_ctrl_c(whole, tmp_path, capsys, fun
     with interrupt(function, call), pytest.raises(KeyboardInterrupt):
         parts.train(run)
     assert path.exists() == (completed > 0)
-    (tmp_path / "run.pt.partial").write_bytes(b"half")  # is left by a process that is killed
+    (tmp_path / f"run.pt.{os.getpid()}.partial").write_bytes(b"half")  # is left by a process that is killed
     train(path)  # in a new kernel
     assert list(tmp_path.iterdir()) == [path]
-    assert_identical(utils.load_checkpoint(path), whole)
+    assert_identical(runs.load_checkpoint(path), whole)
     path.unlink()
     parts.train(run)  # in the same kernel
-    assert f"Back to the state after epoch {completed}\n" in capsys.readouterr().out
-    assert_identical(utils.load_checkpoint(path), whole)
+    assert capsys.readouterr().out.count("was repeated: identical") == 2 * (completed > 0)
+    assert_identical(runs.load_checkpoint(path), whole)
 
 
 def test_run_continues_bit_identically_after_the_disk_was_full(whole, tmp_path):
@@ -115,11 +125,11 @@ def test_run_continues_bit_identically_after_the_disk_was_full(whole, tmp_path):
         raise OSError(errno.ENOSPC, "disk full")
 
     disk = mock.patch.object(Path, "write_bytes", write_half)
-    with disk, pytest.raises(OSError, match=f"{re.escape(str(path))} .disk full"):
+    with disk, pytest.raises(OSError, match="run-2.pt .disk full.: free disk space"):
         parts.train(run)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]  # without the unfinished file
     parts.train(run)
-    assert_identical(utils.load_checkpoint(path), whole)
+    assert_identical(runs.load_checkpoint(tmp_path / "run-2.pt"), whole)
 
 
 # ---- resumed or refused ----
@@ -132,7 +142,7 @@ def test_finished_run_is_restored_and_continues_with_more_epochs_but_not_with_fe
     assert_identical(train(path, epochs=2).state(), finished.state())
     assert path.read_bytes() == before
     train(path)
-    assert_identical(utils.load_checkpoint(path), whole)
+    assert_identical(runs.load_checkpoint(path), whole)
     with pytest.raises(ValueError, match="has 3 .* EPOCHS"):
         train(path, epochs=2)
 
@@ -154,23 +164,96 @@ def test_different_run_is_refused_before_anything_changes(tmp_path):
     assert_refused(path, "the checkpoint of a different run .*seed", seed=2)
 
 
-def test_all_differences_are_counted_and_three_are_named():
+def test_equal_values_are_no_difference_and_others_are_named():
     """An option that only one of two versions of PyTorch has is no difference."""
-    saved = {"a": "1", "b": "1", "c": "1", "d": "1", "e": "1", "old": "1"}
-    current = {"new": "1", "a": "2", "b": "2", "c": "1", "d": "2", "e": "2"}
-    assert utils.list_differences(saved, current) == (
-        "a: checkpoint 1, current 2; b: checkpoint 1, current 2; d: checkpoint 1, current 2; and 1 more"
+    saved = {"lr": 1.0, "milestones": {3: 1}, "old": 1}
+    assert runs.list_differences(saved, {"lr": 1, "milestones": {3: 1}, "new": 1}) == ""
+    assert runs.list_differences(saved, {"lr": 2, "milestones": {4: 1}}) == (
+        "lr: 1.0, now 2; milestones: {3: 1}, now {4: 1}"
     )
 
 
-def test_other_indices_of_a_subset_have_another_description():
-    assert utils.describe({"indices": [*range(200)]}) != utils.describe({"indices": [*range(1, 201)]})
+def train_one_epoch(path):
+    """Stop after the first epoch; return the content of the checkpoint."""
+    record_epoch(Parts().run(path))
+    return path.read_bytes()
 
 
-def test_address_in_memory_is_not_described():
-    generators = [torch.Generator(), torch.Generator()]
-    assert repr(generators[0]) != repr(generators[1])
-    assert utils.describe({"generator": generators[0]}) == utils.describe({"generator": generators[1]})
+def repeat_epoch(path, train_loss=1.0):
+    """Resume in a new kernel, and record the repeated epoch with a loss."""
+    run = Parts().run(path, resume=True)
+    next(run.remaining_epochs())
+    run.record(train_loss, 50.0, 1.0, 50.0)
+    return run
+
+
+def test_repeated_epoch_that_differs_is_refused_with_the_changed_lines(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run.pt"
+    monkeypatch.setattr(runs, "read_sources", lambda: {"model.py": "old\n" * 12 + "same"})
+    before = train_one_epoch(path)
+    monkeypatch.setattr(runs, "read_sources", lambda: {"model.py": "same\nnew", "the training cell": "cell"})
+    with pytest.raises(ValueError, match="^epoch 1 gave train loss 1.00001 instead of 1: .*RESUME"):
+        repeat_epoch(path, train_loss=1.00001)
+    text = capsys.readouterr().out
+    assert "model.py has changed since the checkpoint (- before, + now):\n" + "-old\n" * 10 in text
+    assert "and 3 more lines\nthe training cell has changed" in text
+    assert path.read_bytes() == before
+    repeat_epoch(path)
+    assert capsys.readouterr().out.endswith("Epoch 1 was repeated: identical\n")
+    assert path.read_bytes() == before
+
+
+def test_repeated_epoch_with_other_weights_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    train_one_epoch(path)
+    parts = Parts()
+    run = parts.run(path, resume=True)
+    next(run.remaining_epochs())
+    parts.model[0].bias.data += 1
+    with pytest.raises(ValueError, match="^epoch 1 gave another state of the model: something"):
+        run.record(1.0, 50.0, 1.0, 50.0)
+
+
+def test_on_another_machine_a_repeated_epoch_may_differ_a_little(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run.pt"
+    train_one_epoch(path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    run = repeat_epoch(path, train_loss=1.01)
+    assert "another machine or a GPU: train loss 1.01 instead of 1\n" in capsys.readouterr().out
+    assert run.history.train_losses == [1.01]
+    with pytest.raises(ValueError, match="train loss 1.1 instead of 1: "):
+        repeat_epoch(path, train_loss=1.1)
+
+
+def test_seconds_of_a_repeated_epoch_are_the_recorded_ones(tmp_path):
+    path = tmp_path / "run.pt"
+    train_one_epoch(path)
+    (seconds,) = runs.load_checkpoint(path)["history"]["seconds"]
+    assert repeat_epoch(path).history.seconds == [seconds]
+
+
+def test_scheduler_stepped_after_record_is_resumed_bit_identically(tmp_path):
+    """What counts is the state in which the next epoch begins."""
+
+    def train(path, stop=False):
+        parts = Parts()
+        run = parts.run(path, resume=True)
+        for epoch in run.remaining_epochs():
+            results = utils.train(parts.model, "cpu", parts.batches, parts.optimizer, F.cross_entropy)
+            run.record(*results, *results)
+            if stop and epoch == 2:
+                return
+            parts.scheduler.step()
+
+    train(tmp_path / "whole.pt")
+    train(tmp_path / "run.pt", stop=True)
+    train(tmp_path / "run.pt")
+    assert_identical(runs.load_checkpoint(tmp_path / "run.pt"), runs.load_checkpoint(tmp_path / "whole.pt"))
+
+
+def test_record_without_an_epoch_says_what_to_iterate_over(tmp_path):
+    with pytest.raises(RuntimeError, match="iterate over run.remaining_epochs"):
+        Parts().run(tmp_path / "run.pt").record(1.0, 50.0, 1.0, 50.0)
 
 
 # ---- epochs and history ----
@@ -199,7 +282,7 @@ def test_results_are_appended_to_the_history(tmp_path, capsys):
         run.record(*np.float64([4.0 / epoch, 90.0 + epoch, 2.0 / epoch, 95.0 + epoch]))
     assert list(run.remaining_epochs()) == []
     assert capsys.readouterr().out == "EPOCH: 1\nEPOCH: 2\nAll 2 epochs are completed\n"
-    assert run.history == utils.History([4.0, 2.0], [91.0, 92.0], [2.0, 1.0], [96.0, 97.0], [0.1, 0.01])
+    assert run.history == runs.History([4.0, 2.0], [91.0, 92.0], [2.0, 1.0], [96.0, 97.0], [0.1, 0.01])
     assert run.history.completed == completed_epochs(path) == 2
     assert min(run.history.seconds) > 0
 
@@ -220,19 +303,56 @@ def test_run_without_a_checkpoint_starts_from_scratch_and_creates_missing_folder
 # ---- earlier checkpoints ----
 
 
-def test_finished_run_survives_new_runs(tmp_path):
+def test_finished_run_survives_new_runs_and_the_last_one_is_resumed(tmp_path):
     path = tmp_path / "run.pt"
     train(path)
     finished = path.read_bytes()
     Parts().run(path)  # stopped in its first epoch
-    assert path.read_bytes() == finished
     record_epoch(Parts().run(path))  # stopped after its first epoch
     parts = Parts()
     parts.train(parts.run(path))
-    assert (tmp_path / "run.previous-1.pt").read_bytes() == finished
-    assert completed_epochs(tmp_path / "run.previous-2.pt") == 1
-    assert completed_epochs(path) == 3
+    assert path.read_bytes() == finished
+    assert completed_epochs(tmp_path / "run-2.pt") == 1
+    assert completed_epochs(tmp_path / "run-3.pt") == 3
     assert len(list(tmp_path.iterdir())) == 3
+    assert Parts().run(path, resume=True).path == tmp_path / "run-3.pt"
+
+
+def test_two_runs_at_the_same_time_keep_all_their_epochs(tmp_path):
+    path = tmp_path / "run.pt"
+    one = Parts().run(path, seed=1)
+    two = Parts().run(path, seed=2)
+    one_epochs = one.remaining_epochs()
+    two_epochs = two.remaining_epochs()
+    next(one_epochs)
+    next(two_epochs)
+    with mock.patch("os.listdir", return_value=[]):  # both save at the same moment
+        one.record(1.0, 50.0, 1.0, 50.0)
+        two.record(1.0, 50.0, 1.0, 50.0)
+    for run, epochs in [(one, one_epochs), (two, two_epochs)] * 2:
+        next(epochs)
+        run.record(1.0, 50.0, 1.0, 50.0)
+    assert len(list(tmp_path.iterdir())) == 2
+    for run in (one, two):
+        state = runs.load_checkpoint(run.path)
+        assert len(state["history"]["test_acc"]) == 3
+        assert state["summary"]["seed"] == str(run.seed)
+
+
+def test_checkpoint_that_is_a_link_stays_one(tmp_path):
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    link = tmp_path / "run.pt"
+    try:
+        link.symlink_to(drive / "run.pt")
+    except OSError:
+        pytest.skip("links need a permission on Windows")
+    train(link)
+    assert link.is_symlink()
+    assert completed_epochs(drive / "run.pt") == 3
+    drive.rename(tmp_path / "elsewhere")  # a drive that is not mounted
+    with pytest.raises(OSError, match="cannot write the checkpoint .*CHECKPOINTS"):
+        Parts().run(link)
 
 
 # ---- corrupted and foreign files ----
@@ -246,6 +366,8 @@ def test_corrupted_or_foreign_file_is_refused(tmp_path):
     assert weight in content
     path.write_bytes(content.replace(weight, bytes(len(weight))))
     assert_refused(path, "not a checkpoint")
+    torch.save({"history": {}, "model": {}}, path)
+    assert_refused(path, "the checkpoint of an earlier version")
     path.write_bytes(content[:-100])
     assert_refused(path, "not a checkpoint")
     torch.save(parts.model.state_dict(), path)
@@ -280,7 +402,7 @@ def test_checkpoint_of_a_gpu_is_read_to_the_cpu(tmp_path):
 
 @pytest.mark.parametrize(("function", "resume"), [("pathlib.Path.read_bytes", True), ("os.listdir", False)])
 def test_folder_that_fails_for_a_moment_does_not_look_empty(tmp_path, function, resume):
-    """The first is how a run is resumed, the second how an earlier one is kept."""
+    """The first is how a run is resumed, the second how an earlier one is found."""
     path = tmp_path / "run.pt"
     train(path)
     before = path.read_bytes()
@@ -289,3 +411,19 @@ def test_folder_that_fails_for_a_moment_does_not_look_empty(tmp_path, function, 
         record_epoch(Parts().run(path, resume=resume))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- earlier runs ----
+
+
+def test_runs_are_listed_oldest_first_with_what_cannot_be_read(tmp_path):
+    (tmp_path / "broken.pt").write_bytes(b"half")
+    os.utime(tmp_path / "broken.pt", (1, 1))
+    train(tmp_path / "finished.pt")
+    train_one_epoch(tmp_path / "interrupted.pt")
+    os.utime(tmp_path / "interrupted.pt", (2, 2))
+    broken, interrupted, finished = runs.list_runs(tmp_path)
+    assert "broken.pt is not a checkpoint" in broken.problem
+    assert [interrupted.name, interrupted.problem] == ["interrupted.pt", ""]
+    assert [interrupted.history.completed, finished.history.completed] == [1, 3]
+    assert finished.summary["optimizer"] == "SGD(lr=0.1, momentum=0.9)"

@@ -25,14 +25,22 @@ def test_setting_is_that_of_the_environment_if_there_is_one(monkeypatch, text, d
 
 
 def test_lowest_settings_are_accepted():
-    utils.check_settings(model="Model4", epochs=1, batch_size=1, seed=0, resume=1)
+    utils.check_settings(model="Model4", epochs=1, batch_size=1, seed=0, resume=1, checkpoints="a")
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("epochs", True), ("seed", -1), ("seed", 10**9), ("resume", "yes")]
+    ("name", "value"),
+    [
+        ("epochs", True),
+        ("seed", -1),
+        ("seed", 10**9),
+        ("resume", "yes"),
+        ("checkpoints", ""),
+        ("checkpoints", None),
+    ],
 )
 def test_invalid_setting_is_named(name, value):
-    settings = dict(model="Model4", epochs=15, batch_size=None, seed=1, resume=False)
+    settings = dict(model="Model4", epochs=15, batch_size=None, seed=1, resume=False, checkpoints="a")
     settings[name] = value
     with pytest.raises(ValueError, match=f"^{name.upper()} is {value!r}: "):
         utils.check_settings(**settings)
@@ -40,7 +48,7 @@ def test_invalid_setting_is_named(name, value):
 
 def test_unknown_network_names_both_tables():
     with pytest.raises(ValueError, match="MODELS .*model.py.* RECIPES .*utils.py"):
-        utils.check_settings("Model6", epochs=15, batch_size=None, seed=1, resume=False)
+        utils.check_settings("Model6", epochs=15, batch_size=None, seed=1, resume=False, checkpoints="a")
 
 
 def test_recipes_of_the_published_models_are_the_published_ones():

@@ -52,11 +52,38 @@ def test_sum_of_losses_is_exact():
     assert loss == pytest.approx(0.10000000149011612, rel=1e-12)
 
 
-def test_loss_that_is_not_finite_stops_the_training_at_its_batch():
-    with pytest.raises(FloatingPointError, match="batch 1: .*inf.*learning rate"):
-        train(echo(), batches_with([1.0, float("inf"), 1.0]))
+def infinite_loss(output, target):
+    return F.nll_loss(output, target) / (output[0, 0] + 2).clamp(min=0)  # infinite for a loss of 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        pytest.param([1.0, 2.0, 1.0], "^batch 1: the loss is inf: lower the learning rate$", id="rate"),
+        pytest.param([2.0, 1.0], "^batch 0: the loss is inf: check the network and the loss", id="network"),
+        pytest.param([1.0, float("nan")], "^batch 1: the loss is nan, because the images .*NaN", id="images"),
+    ],
+)
+def test_loss_that_is_not_finite_stops_the_training_with_its_likely_cause(losses, message):
+    model = echo()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(FloatingPointError, match=message):
+        utils.train(model, "cpu", batches_with(losses), optimizer, infinite_loss)
 
 
 def test_test_loss_that_is_not_finite_raises():
     with pytest.raises(FloatingPointError, match="test loss.*nan.*learning rate"):
         utils.test(echo(), "cpu", batches_with([float("nan")]), F.nll_loss)
+
+
+def test_loader_without_batches_is_named():
+    with pytest.raises(ValueError, match="the loader has no batches"):
+        train(echo(), [])
+    with pytest.raises(ValueError, match="the loader has no batches"):
+        utils.test(echo(), "cpu", [], F.nll_loss)
+
+
+def test_probabilities_as_target_count_by_their_largest():
+    """As many images as classes, as with CutMix and MixUp in a small batch."""
+    target = torch.tensor([[0.7, 0.3], [0.4, 0.6]])
+    assert utils.GetCorrectPredCount(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), target) == 1
