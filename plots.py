@@ -19,7 +19,8 @@ import torch
 import torchinfo
 from IPython import get_ipython
 from IPython.core.pylabtools import select_figure_formats
-from IPython.display import display
+from IPython.display import Markdown, display
+from matplotlib.figure import Figure
 from torch import nn
 
 from utils import DIGITS, SIDE, unwrap
@@ -27,6 +28,7 @@ from utils import DIGITS, SIDE, unwrap
 TRAIN_COLOR = "#D55E00"  # distinguishable for color-blind readers (Okabe and Ito)
 TEST_COLOR = "#0072B2"
 NO_TICKS = {"xticks": [], "yticks": []}
+AS_PIXELS = {"origin": "upper", "aspect": "equal", "interpolation": "nearest"}  # whatever the user's style is
 TARGET_ACCURACY = 99.4  # percent, of the course
 LAST_EPOCHS = 5  # of a run, to which the target applies: our reading of the course's "last few"
 
@@ -108,13 +110,16 @@ def measure_fields(model, names):
 def record_outputs(model, names, data):
     """Return modules, given by name, and their outputs for one batch: a list of pairs, one for each call.
 
-    A copy of the model is called, in evaluation mode. On the CPU and in float64, no convolution uses an
-    algorithm (Winograd, FFT) by which a pixel changes outputs that do not depend on it.
+    Of several outputs, such as those of an LSTM, it is the first. A copy of the model is called, in
+    evaluation mode. On the CPU and in float64, no convolution uses an algorithm (Winograd, FFT) by which a
+    pixel changes outputs that do not depend on it.
     """
     model = copy.deepcopy(model).cpu().double().eval()
     outputs = []
 
     def keep(name, module, inputs, output):
+        if isinstance(output, tuple):
+            output = output[0]
         outputs.append((name, output.clone()))
 
     for name in names:
@@ -123,35 +128,32 @@ def record_outputs(model, names, data):
     return outputs
 
 
-class Table(list):
-    """Rows of seven cells, which a notebook shows as HTML (it scrolls on a phone), and others as text."""
-
-    def __repr__(self):
-        row = "{:24}" + "{:>11}" * 6
-        return "\n".join(row.format(*cells) for cells in self)
-
-    def _repr_html_(self):
-        row = "<tr>" + "<td>{}</td>" * 7 + "</tr>\n"
-        return f"<table>\n{''.join(row.format(*cells) for cells in self)}</table>"
+def markdown_table(titles, rows):
+    """Return a table in Markdown."""
+    lines = []
+    for cells in [titles, ["---"] * len(titles), *rows]:
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
 
 
 def summarize_model(model):
-    """Return the layers of a model as a `Table`, with the totals in the last row.
+    """Return the layers of a model as a table, with the totals in the last row.
 
     ReLU is left out: it changes neither the shape nor the receptive field, and has no parameters.
     """
-    table = Table([["layer", "output", "kernel", "stride", "parameters", "mult-adds", "field"]])
+    rows = []
     layers = layer_table(model)
     for layer in layers:
         if layer.kind == "ReLU":
             continue
         row = [f"{layer.name} {layer.kind}", "×".join(map(str, layer.output)), layer.kernel, layer.stride]
         row += [f"{layer.parameters:,}", f"{layer.mult_adds:,}", layer.receptive_field or ""]
-        table.append(row)
+        rows.append(row)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     mult_adds = sum(layer.mult_adds for layer in layers)
-    table.append(["total", "", "", "", f"{parameters:,}", f"{mult_adds:,}", ""])
-    return table
+    rows.append(["**total**", "", "", "", f"{parameters:,}", f"{mult_adds:,}", ""])
+    titles = ["layer", "output", "kernel", "stride", "parameters", "mult-adds", "field"]
+    return Markdown(markdown_table(titles, rows))
 
 
 # ---- plots ----
@@ -165,12 +167,15 @@ def show_figure(figure, name, alt):
     folder = os.environ.get("S7_FIGURES")
     shell = get_ipython()
     if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        figure.savefig(f"{folder}/{name}.png", dpi=110)
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=110)
     elif shell is None:
         print(f"The figure {name} is not shown: set S7_FIGURES to a folder to save the figures there")
     if shell is not None:
-        select_figure_formats(shell, {"png"})  # otherwise a kernel started with MPLBACKEND=agg shows none
+        formatters = shell.display_formatter.formatters.values()
+        if not any(Figure in formatter.type_printers for formatter in formatters):
+            select_figure_formats(shell, {"png"})  # a kernel started with MPLBACKEND=agg has no format
         display(figure, metadata={"image/png": {"alt": alt}})
     plt.close(figure)
 
@@ -180,7 +185,7 @@ def plot_digits(images, captions, title, name):
     figure, axes = plt.subplots(4, 5, figsize=(6.5, 6.2), layout="constrained", subplot_kw=NO_TICKS)
     figure.suptitle(title, fontsize=10)
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
-        axis.imshow(image.squeeze().numpy(), cmap="gray_r")
+        axis.imshow(image.squeeze().numpy(), cmap="gray_r", **AS_PIXELS)
         axis.set_title(caption, fontsize=9)
         axis.spines[:].set_color("lightgray")  # shows where the image ends
     for axis in axes.flat[len(images) :]:
@@ -189,10 +194,11 @@ def plot_digits(images, captions, title, name):
     show_figure(figure, name, f"{title}: {shown}".rstrip(": ,"))
 
 
-def plot_history(history, title, augmented_epochs=None):
+def plot_history(history, title, augmented_epochs=None, recorded=()):
     """Plot loss, accuracy and learning rate per epoch, with the target and the end of the augmentation.
 
-    The axes are scaled to epoch 2 onward; epoch 1 may lie outside.
+    Thin lines are the test accuracies of recorded runs, a list of histories. The axes are scaled to epoch 2
+    onward; epoch 1 may lie outside.
     """
     epochs = range(1, history.completed + 1)
     figure, axes = plt.subplots(3, 1, figsize=(6.5, 7), layout="constrained", sharex=True)
@@ -205,6 +211,12 @@ def plot_history(history, title, augmented_epochs=None):
         axis.plot(epochs, train_values, "--o", color=TRAIN_COLOR, markersize=3, label="train")
         axis.plot(epochs, test_values, "-o", color=TEST_COLOR, markersize=3, label="test")
     accuracy_axis.axhline(TARGET_ACCURACY, color="gray", linestyle="--", label=f"{TARGET_ACCURACY} %")
+    for number, run in enumerate(recorded):
+        test_acc = run.test_acc[: history.completed]
+        label = None
+        if number == 0:
+            label = f"test, {number_of(len(recorded), 'recorded run')}"
+        accuracy_axis.plot(epochs, test_acc, color=TEST_COLOR, linewidth=0.6, alpha=0.5, label=label)
     rate_axis.plot(epochs, history.learning_rates, "-o", color="gray", markersize=3)
     for axis, label in zip(axes, ("loss", "accuracy (%)", "learning rate"), strict=True):
         axis.set_ylabel(label)
@@ -281,6 +293,87 @@ def check_target(history):
     return f"{target}: met"
 
 
+# ---- comparison of runs ----
+
+
+def describe_differences(run, first):
+    """Return in what a run, a `runs.SavedRun`, differs from the first one, as a text."""
+    if run.problem:
+        return run.problem
+    parts = []
+    for name, value in run.summary.items():
+        if value != first.summary.get(name, value):
+            parts.append(f"{name}: {value}")
+    if not parts:
+        changed = [name for name, text in run.sources.items() if text != first.sources.get(name, text)]
+        parts = [f"{name}: other text" for name in changed]
+    return "; ".join(parts)
+
+
+def compare_runs(saved):
+    """Return a table of runs, a list of `runs.SavedRun`, oldest first, below a description of the first one.
+
+    *Mean* and *min* are those of the last five test accuracies, and *from* is the epoch from which all are at
+    least 99.4 %.
+    """
+    readable = [run for run in saved if not run.problem]
+    if not readable:
+        return Markdown("There are no runs yet.")
+    first = readable[0]
+    rows = []
+    for run in saved:
+        differences = describe_differences(run, first)
+        cells = ["", "", "", ""]
+        if run.history.completed > 0:
+            mean = f"{mean_of_last_epochs(run.history):.2f}"
+            lowest = f"{lowest_of_last_epochs(run.history):.2f}"
+            held = first_epoch_above(run.history.test_acc) or "never"
+            cells = [f"{run.history.completed} of {run.summary['epochs']}", mean, lowest, held]
+        rows.append([run.name, differences, *cells])
+    table = markdown_table(["run", "differs from the first run in", "epochs", "mean", "min", "from"], rows)
+    description = "; ".join(f"{name}: {value}" for name, value in first.summary.items())
+    return Markdown(f"The first run, {first.name}: {description}.\n\n{table}")
+
+
+def compare_with_recorded(saved):
+    """Return a line per run that says whether it is in the range of the recorded runs of its network."""
+    lines = []
+    for run in saved:
+        if run.recorded and run.history.completed > 0:
+            mean = mean_of_last_epochs(run.history)
+            means = list(map(mean_of_last_epochs, run.recorded))
+            position = "inside"
+            if mean < min(means):
+                position = f"{min(means) - mean:.2f} points below"
+            elif mean > max(means):
+                position = f"{mean - max(means):.2f} points above"
+            lines.append(
+                f"{run.name}: mean {mean:.2f} %, {position} the range of the {len(means)} recorded runs,"
+                f" {min(means):.2f} to {max(means):.2f} %"
+            )
+    return "\n".join([*lines, "One run is one sample."])
+
+
+def plot_runs(saved):
+    """Plot the mean of the last test accuracies, a row per run, beside the recorded runs of its network."""
+    runs = [run for run in saved if run.history.completed > 0]
+    figure, axis = plt.subplots(figsize=(6.5, 1.2 + 0.35 * len(runs)), layout="constrained")
+    for row, run in enumerate(runs):
+        recorded = list(map(mean_of_last_epochs, run.recorded))
+        axis.scatter(recorded, [row] * len(recorded), color="gray", alpha=0.5, s=30)
+        axis.plot(mean_of_last_epochs(run.history), row, "D", color=TEST_COLOR)
+    axis.axvline(TARGET_ACCURACY, color="gray", linestyle="--")
+    axis.set_yticks(range(len(runs)), [run.name for run in runs])
+    axis.set_ylim(len(runs) - 0.5, -0.5)  # from top to bottom
+    axis.set_xlabel(f"test accuracy (%), mean of the last {LAST_EPOCHS} epochs")
+    axis.grid(alpha=0.3)
+    count = number_of(len(runs), "run")
+    show_figure(figure, "runs", f"Mean test accuracy of {count}; gray dots are recorded runs of the network")
+
+
+# ---- errors and features ----
+
+
 def most_confused(confusion):
     """Return the three most confused pairs of digits as text, one line per pair.
 
@@ -337,7 +430,7 @@ def plot_confusion(confusion, title):
     accuracy = 100 * confusion.diag() / confusion.sum(dim=1).clamp(min=1)  # a digit may not occur
     wrong = confusion.clone().fill_diagonal_(0)
     figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
-    axis.imshow(wrong.numpy(), cmap="Oranges", vmax=max(2 * wrong.max().item(), 1))
+    axis.imshow(wrong.numpy(), cmap="Oranges", vmax=max(2 * wrong.max().item(), 1), **AS_PIXELS)
     for (target, predicted), count in np.ndenumerate(confusion.numpy()):
         axis.text(predicted, target, count or "·", color="black", ha="center", va="center", fontsize=9)
     labels = [f"{digit}  ({share:.1f} %)" for digit, share in enumerate(accuracy.tolist())]
@@ -374,7 +467,7 @@ def plot_features(model, image, title):
     for row_axes, (label, channels) in zip(axes, rows, strict=True):
         scale = {"vmin": channels.min().item(), "vmax": channels.max().item()}
         for axis, channel in zip(row_axes, channels, strict=False):
-            axis.imshow(channel.numpy(), cmap="gray", **scale)
+            axis.imshow(channel.numpy(), cmap="gray", **scale, **AS_PIXELS)
         for axis in row_axes[len(channels) :]:
             axis.set_axis_off()
         row_axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
@@ -395,10 +488,10 @@ def plot_fields(model, image, title):
         if field is not None:
             blocks.setdefault(field, []).append(name)
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained", subplot_kw=NO_TICKS)
-    axis.imshow(image.numpy(), cmap="gray_r")
+    axis.imshow(image.numpy(), cmap="gray_r", **AS_PIXELS)
     axis.set_title(title, fontsize=10)
     for number, (field, names) in enumerate(blocks.items()):
-        corner = (SIDE - field) / 2 - 0.5
+        corner = (SIDE - field) // 2 - 0.5  # pixels are centered at integers
         square = plt.Rectangle((corner, corner), field, field, fill=False, linewidth=2)
         square.set_edgecolor(plt.get_cmap("viridis")(number / len(blocks)))
         square.set_label(f"{field}×{field}: {', '.join(names)}")

@@ -248,7 +248,7 @@ class Run:
     def __str__(self):
         what = f"{self.summary['network']} on {self.summary['data']}"
         if self.summary["augmentation"] != "none":
-            what += f", {self.summary['augmentation']}"
+            what += f", {self.summary['augmentation']} until epoch {self.summary['augmented epochs']}"
         how = f"{self.summary['optimizer']}, {self.summary['scheduler']}, {self.summary['loss']}"
         return f"{what}\n{how}, seed {self.seed}, until epoch {self.epochs}"
 
@@ -265,15 +265,17 @@ class Run:
         """Return what is trained, as a dictionary of short texts."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         augmentation = getattr(self.train_loader, "augmentation", None)
-        augmentation_text = "none"
-        if augmentation is not None and self.augmented_epochs is None:
-            augmentation_text = brief(augmentation)
-        elif augmentation is not None and self.augmented_epochs > 0:
-            augmentation_text = f"{brief(augmentation)} until epoch {self.augmented_epochs}"
+        augmented_epochs = self.epochs
+        if self.augmented_epochs is not None:
+            augmented_epochs = max(self.augmented_epochs, 0)
+        if augmentation is None or augmented_epochs == 0:
+            augmentation = "none"
+            augmented_epochs = 0
         return {
             "network": f"{type(self.model).__name__} with {parameters:,} parameters",
             "data": f"{data_name(self.train_loader)}, {len(self.train_loader)} batches",
-            "augmentation": augmentation_text,
+            "augmentation": brief(augmentation),
+            "augmented epochs": str(augmented_epochs),
             "optimizer": brief(self.optimizer),
             "scheduler": brief(self.scheduler),
             "loss": brief(self.criterion),
@@ -290,7 +292,7 @@ class Run:
             self._load(self._began)
             self.history = History()
         elif self._began is not None:
-            self._restore(load_state(self._content))
+            self._restore(parse_checkpoint(self._content))
         if self.history.completed >= self.epochs:
             print(f"All {self.epochs} epochs are completed")
         for epoch in range(self.history.completed + 1, self.epochs + 1):
@@ -379,7 +381,6 @@ class Run:
             print(f"No checkpoint at {self.path}: training starts from scratch")
             return
         self.path = numbered(self._first_path, number)
-        content = self.path.read_bytes()
         state = load_checkpoint(self.path)
         same_epochs = {"epochs": self.summary["epochs"]}  # their number may change
         differences = list_differences(state["summary"] | same_epochs, self.summary)
@@ -395,7 +396,7 @@ class Run:
                 f"{self.path} has {completed} completed epochs: set EPOCHS to at least that number, or"
                 " RESUME = False"
             )
-        self._content = content
+        self._content = self.path.read_bytes()
         self._restore(state)
 
     def _restore(self, state):
@@ -514,25 +515,24 @@ def load_checkpoint(path):
     """
     content = Path(path).expanduser().read_bytes()
     try:
+        return parse_checkpoint(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}: set RESUME = False") from None
+
+
+def parse_checkpoint(content):
+    """Return the state in the content of a checkpoint; raise ValueError that says what it is instead."""
+    try:
         corrupted = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load ignores the CRCs
         if corrupted is not None:
             raise ValueError(f"{corrupted} has another CRC")
-        state = load_state(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        history = state["history"]
     except Exception as error:  # what torch.load raises depends on where the file is corrupted
-        raise ValueError(
-            f"{path} is not a checkpoint of this notebook, or corrupted ({type(error).__name__}): set"
-            " RESUME = False"
-        ) from None
-    if "history" in state and "began" not in state:
-        raise ValueError(f"{path} is the checkpoint of an earlier version: set RESUME = False")
-    return state
-
-
-def load_state(content):
-    """Return the state in the content of a checkpoint."""
-    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    if not {"model", "history"} <= state.keys():
-        raise KeyError("history")
+        reason = type(error).__name__
+        raise ValueError(f"not a checkpoint of this notebook, or corrupted ({reason})") from None
+    if "began" not in state or not isinstance(history, dict):
+        raise ValueError("the checkpoint of an earlier version")
     return state
 
 
@@ -546,22 +546,34 @@ class SavedRun(NamedTuple):
     summary: dict  # see `Run`; empty if the file cannot be read
     history: History
     sources: dict  # texts by name
+    recorded: list  # histories of the recorded runs of the same network
     problem: str  # why the file cannot be read, or ""
 
 
 def list_runs(folder):
     """Return the runs whose checkpoints are in a folder, oldest first, as a list of `SavedRun`."""
+    recorded = recorded_runs()
     paths = sorted(Path(folder).expanduser().glob("*.pt"), key=lambda path: path.stat().st_mtime)
     runs = []
     for path in paths:
         try:
-            state = load_checkpoint(path)
+            state = parse_checkpoint(path.read_bytes())
         except (OSError, ValueError) as error:
-            runs.append(SavedRun(path.name, {}, History(), {}, str(error)))
-        else:
-            history = History(**state["history"])
-            runs.append(SavedRun(path.name, state["summary"], history, state["sources"], ""))
+            runs.append(SavedRun(path.name, {}, History(), {}, [], str(error)))
+            continue
+        summary = state["summary"]
+        history = History(**state["history"])
+        seeds = recorded_seeds(summary, recorded)
+        runs.append(SavedRun(path.name, summary, history, state["sources"], seeds, ""))
     return runs
+
+
+def recorded_seeds(summary, recorded):
+    """Return the recorded runs of the network of a run, as a list of `History`, if it was tested on MNIST."""
+    network = summary["network"].split()[0]
+    if summary["data"].split(",")[0] != "MNIST":
+        return []
+    return list(recorded.get((network, "described"), {}).values())
 
 
 def recorded_runs():

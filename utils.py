@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -179,6 +179,18 @@ def unwrap(model):
     return getattr(model, "_orig_mod", model)  # set by torch.compile
 
 
+def reload_edited_files():
+    """Let a notebook use edited files without a restart of its kernel."""
+    shell = get_ipython()
+    if shell is None:
+        return
+    shell.run_line_magic("reload_ext", "autoreload")
+    shell.run_line_magic("autoreload", "2")
+    reloader = shell.magics_manager.registry["AutoreloadMagics"]._reloader
+    if hasattr(reloader, "deduper_reloader"):  # IPython 9 reloads parts of a file, and shows the wrong lines
+        reloader.deduper_reloader.enabled = False
+
+
 # ---- data ----
 
 MNIST_MD5 = {  # of the four uncompressed original files
@@ -229,13 +241,14 @@ class DigitSet(torch.utils.data.Dataset):
 
 
 def split(train_set):
-    """Return five sixths of a `DigitSet` to train on and one sixth to validate on.
+    """Return five sixths of a `DigitSet` to train on and one sixth to validate on; their names say so.
 
     The images are chosen at random, but are the same in every run: 50,000 and 10,000 of MNIST's.
     """
     order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))
     validation_count = len(train_set) // 6
-    return train_set[order[:-validation_count]], train_set[order[-validation_count:]]
+    whole = replace(train_set, name=f"{train_set.name} (validation split)")
+    return whole[order[:-validation_count]], whole[order[-validation_count:]]
 
 
 class BatchLoader:

@@ -19,6 +19,7 @@ import search
 
 import plots
 from model import MODELS, create_model
+from plots import markdown_table
 from runs import ROOT, recorded_runs
 
 FOLDER = ROOT / "benchmarks"
@@ -57,15 +58,6 @@ WITHOUT = {  # Model4, and Model4 with one thing changed
 }
 
 # ---- cells ----
-
-
-def markdown_table(header, rows):
-    """Return a table in Markdown; `header` is text with the titles between bars."""
-    titles = header.split(" | ")
-    lines = []
-    for cells in [titles, ["---"] * len(titles), *rows]:
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
 
 
 def mean_and_deviation(values):
@@ -120,7 +112,7 @@ def overview_table(runs):
     for name in MODELS:
         parameters = common.count_parameters(create_model(name))
         rows.append([name, f"{parameters:,}", *result_cells(runs[name, "described"].values())])
-    return markdown_table(f"model | size | {MEAN} | min | from", rows)
+    return markdown_table(["model", "size", MEAN, "min", "from"], rows)
 
 
 def schedules_table(name, runs):
@@ -143,7 +135,7 @@ def schedules_table(name, runs):
         rows = [["constant = described", *rows[0][1:]]]
     train_acc, test_acc = PUBLISHED[name]
     rows.append(["published", f"{train_acc:.2f}", f"{test_acc:.2f}", "", ""])
-    return markdown_table(" | ".join(["schedule", *MEASURES]), rows)
+    return markdown_table(["schedule", *MEASURES], rows)
 
 
 def seeds_table(name, runs):
@@ -155,7 +147,7 @@ def seeds_table(name, runs):
     for seed, group in groups.items():
         train = mean_and_deviation([history.train_acc[-1] for history in group])
         rows.append([seed, train, *result_cells(group)])
-    return markdown_table(f"seed | train, last | {MEAN} | min | from", rows)
+    return markdown_table(["seed", "train, last", MEAN, "min", "from"], rows)
 
 
 def steps_table(titles, steps, runs, baseline=None):
@@ -169,7 +161,7 @@ def steps_table(titles, steps, runs, baseline=None):
         rows.append([change, mean, lowest, gain_cell(differences)])
         before = runs.get(baseline, histories)
     first, last = titles
-    return markdown_table(f"{first} | {MEAN} | min | {last}", rows)
+    return markdown_table([first, MEAN, "min", last], rows)
 
 
 # ---- other tables ----
@@ -206,7 +198,7 @@ def design_table():
         parameters = sum(layer.parameters for layer in layers)
         rows.append([block, output, largest.kernel, largest.stride, jump, field, f"{parameters:,}"])
         jump *= largest.stride
-    return markdown_table("block | output | kernel | stride | jump | field | parameters", rows)
+    return markdown_table(["block", "output", "kernel", "stride", "jump", "field", "parameters"], rows)
 
 
 def search_table(rows):
@@ -225,7 +217,7 @@ def search_table(rows):
             f"{statistics.mean(numbers(runs, 'loss_last_five')):.4f}",
         ]
         lines.append(cells)
-    return markdown_table("block | widths | size | recipe | seeds | mean | min | loss", lines)
+    return markdown_table(["block", "widths", "size", "recipe", "seeds", "mean", "min", "loss"], lines)
 
 
 def recipe_text(changes):
@@ -246,7 +238,7 @@ def dropout_table(rows):
     lines = []
     for (setting,), runs in group_by(rows, "dropout").items():
         lines.append([setting, mean_and_deviation(numbers(runs, "train_acc"))])
-    return markdown_table("active dropout | train accuracy", lines)
+    return markdown_table(["active dropout", "train accuracy"], lines)
 
 
 def epoch_time_table(rows):
@@ -265,7 +257,7 @@ def epoch_time_table(rows):
             cells.append(baseline_cell(seconds, numbers(groups.get((variant,), []), "seconds")))
         lines.append(cells)
     titles = ["model", "machine", epoch_time.REPOSITORY, *epoch_time.BASELINES]
-    return markdown_table(" | ".join(titles), lines)
+    return markdown_table(titles, lines)
 
 
 def baseline_cell(seconds, baseline):
@@ -283,7 +275,7 @@ def columns_table(rows):
     lines = []
     for row in rows:
         lines.append([row[column] for column in columns])
-    return markdown_table(" | ".join(columns).replace("_", " "), lines)
+    return markdown_table([column.replace("_", " ") for column in columns], lines)
 
 
 # ---- pages ----

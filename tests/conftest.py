@@ -2,8 +2,6 @@
 
 import os
 import signal
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -11,18 +9,24 @@ import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-sys.path.insert(0, str(ROOT))
-
 matplotlib.use("agg")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores Ctrl-C
 torch.set_num_threads(1)  # results depend, in the last bits, on the thread count
 
-# Remove the user's settings
-for name in list(os.environ):
-    if name.startswith("S7_") or name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        del os.environ[name]
+
+@pytest.fixture(autouse=True, scope="module")
+def without_settings():
+    """Remove the user's settings. A notebook that is tested in the same session keeps them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("S7_") or name.lower() in (
+                "http_proxy",
+                "https_proxy",
+                "all_proxy",
+                "no_proxy",
+            ):
+                patch.delenv(name)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,12 @@
 """Helpers that several test files share."""
 
 import pkgutil
+from pathlib import Path
 from unittest import mock
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def interrupt(function, call):

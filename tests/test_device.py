@@ -69,9 +69,9 @@ def test_an_epoch_waits_only_to_refresh_the_progress_bar(small):
 
 def test_reports_arrive_on_the_cpu(small):
     model = create_model("Model4")
-    table = repr(plots.summarize_model(model))
+    table = plots.summarize_model(model).data
     model.to("cuda")
-    assert repr(plots.summarize_model(model)) == table
+    assert plots.summarize_model(model).data == table
     confusion, mistakes = plots.find_mistakes(model, "cuda", utils.BatchLoader(small(100), 50, "cuda"))
     assert confusion.device.type == "cpu"
     assert mistakes[0].image.device.type == "cpu"

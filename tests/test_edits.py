@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from helpers import assert_identical, interrupt
+from helpers import ROOT, assert_identical, interrupt
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
@@ -31,7 +30,13 @@ LOSS = "F.nll_loss"
 MODEL = "model = create_model(MODEL)"
 OPTIMIZER = "torch.optim.SGD(model.parameters(), **recipe.sgd)"
 SCHEDULER = "recipe.scheduler(optimizer, **recipe.scheduler_args)"
-TRAIN_LOADER = "BatchLoader(train_set, batch_size, device, shuffle=True, augmentation=recipe.augmentation)"
+TRAIN_LOADER = """BatchLoader(
+    train_set,
+    batch_size,
+    device,
+    shuffle=True,
+    augmentation=recipe.augmentation,
+)"""
 AUGMENTATION = "recipe.augmentation"
 OTHER_MODEL = "torch.optim.SGD(create_model(MODEL).parameters())"
 OTHER_OPTIMIZER = "torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters()), 1)"

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from IPython.core.formatters import DisplayFormatter
 from matplotlib.colors import to_rgb
 from torch import nn
 
@@ -41,22 +40,17 @@ def test_summary_measures_what_forward_does_and_counts_each_parameter_once():
         table = plots.summarize_model(nn.DataParallel(Branches()))
     # The last two columns by hand: 36·24², 144·12², 222·5² + …; 1 + 2·2, pool + 1, + 2·2, + 2·2, + 2·2, all.
     # The total has the parameter of the module itself and the unused layer, too.
-    assert table[1:] == [
-        ["frozen Conv2d", "4×24×24", 3, 1, "36", "20,736", 5],
-        ["reused Conv2d", "4×12×12", 3, 1, "144", "20,736", 10],
-        ["reused Conv2d", "4×12×12", 3, 1, "0", "20,736", 14],
-        ["end.0 Conv2d", "6×5×5", 3, 2, "222", "5,550", 18],
-        ["end.2 AdaptiveAvgPool2d", "6×1×1", 5, 5, "0", "0", 28],
-        ["end.3 Flatten", "6", 1, 1, "0", "0", 28],
-        ["total", "", "", "", "415", "67,758", ""],
+    assert table.data.splitlines() == [
+        "| layer | output | kernel | stride | parameters | mult-adds | field |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| frozen Conv2d | 4×24×24 | 3 | 1 | 36 | 20,736 | 5 |",
+        "| reused Conv2d | 4×12×12 | 3 | 1 | 144 | 20,736 | 10 |",
+        "| reused Conv2d | 4×12×12 | 3 | 1 | 0 | 20,736 | 14 |",
+        "| end.0 Conv2d | 6×5×5 | 3 | 2 | 222 | 5,550 | 18 |",
+        "| end.2 AdaptiveAvgPool2d | 6×1×1 | 5 | 5 | 0 | 0 | 28 |",
+        "| end.3 Flatten | 6 | 1 | 1 | 0 | 0 | 28 |",
+        "| **total** |  |  |  | 415 | 67,758 |  |",
     ]
-    shown = DisplayFormatter().format(table)[0]  # as a notebook shows it
-    assert shown["text/plain"].splitlines()[::7] == [
-        "layer                        output     kernel     stride parameters  mult-adds      field",
-        "total                                                            415     67,758           ",
-    ]
-    html = "<td>total</td><td></td><td></td><td></td><td>415</td><td>67,758</td><td></td></tr>\n</table>"
-    assert shown["text/html"].endswith(html)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +73,26 @@ def test_field_that_cannot_be_measured_is_left_empty():
         def forward(self, x):
             return x.nan_to_num()
 
-    assert plots.summarize_model(nn.Sequential(nn.Conv2d(1, 1, 3), Constant()))[2][-1] == ""
+    table = plots.summarize_model(nn.Sequential(nn.Conv2d(1, 1, 3), Constant()))
+    assert table.data.splitlines()[3].endswith("| 0 |  |")
+
+
+def test_network_with_an_lstm_has_a_table_and_fields(figures):
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(28, 8, batch_first=True)
+            self.logits = nn.Linear(8, 10)
+
+        def forward(self, x):
+            output, _ = self.lstm(x.squeeze(1))
+            return self.logits(output[:, -1])
+
+    assert "| logits Linear | 10 | 1 | 1 | 90 |" in plots.summarize_model(Rows()).data
+    plots.plot_fields(Rows(), torch.zeros(28, 28), "title")
+    plots.plot_features(Rows(), torch.zeros(1, 28, 28), "title")
+    labels = [square.get_label() for square in figures[0].figure.axes[0].patches]
+    assert labels == ["28×28: lstm, logits"]
 
 
 # ---- figures ----
@@ -107,10 +120,31 @@ def test_figures_are_saved_on_request_and_outside_of_a_notebook_say_so(tmp_path,
     plots.plot_mistakes([], "title")
     assert "mistakes is not shown: set S7_FIGURES" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setenv("S7_FIGURES", str(tmp_path / "new" / "images"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    monkeypatch.setenv("S7_FIGURES", "~/new/images")
     plots.plot_history(runs.History(), "title")
     assert (tmp_path / "new" / "images" / "curves.png").stat().st_size > 0
     assert capsys.readouterr().out == ""
+
+
+def test_formats_of_the_user_stay(figures):
+    """`%config InlineBackend.figure_formats = ['svg']` calls this function."""
+    plots.select_figure_formats(plots.get_ipython(), {"svg"})
+    plots.plot_digits(torch.zeros(1, 28, 28), [""], "title", "name")
+    assert list(plots.get_ipython().display_formatter.format(figures[0].figure)[0])[-1] == "image/svg+xml"
+
+
+def test_images_do_not_depend_on_the_style_of_the_user(figures):
+    with plt.rc_context({"image.origin": "lower", "image.interpolation": "bilinear", "image.aspect": 3}):
+        plots.plot_digits(torch.rand(1, 28, 28), [""], "title", "name")
+        plots.plot_confusion(torch.eye(10).long(), "title")
+        plots.plot_fields(create_model("Model2"), torch.zeros(28, 28), "title")
+        plots.plot_features(create_model("Model2"), torch.zeros(1, 28, 28), "title")
+    for shown in figures:
+        axis = shown.figure.axes[0]
+        image = axis.images[0]
+        assert [image.origin, image.get_interpolation(), axis.get_aspect()] == ["upper", "nearest", 1]
 
 
 def test_at_most_20_digits_are_plotted(figures):
@@ -169,6 +203,15 @@ def test_history_is_plotted_per_epoch(figures, style):
     assert "\n" not in figures[0].alt
 
 
+def test_recorded_runs_are_thin_lines_behind_the_own_run(figures):
+    recorded = [history_of([97.0] * 15), history_of([98.0] * 15)]
+    plots.plot_history(history_of([85.0, 96.5, 96.0]), "Model3 on MNIST", recorded=recorded)
+    _, accuracies, _ = figures[0].figure.axes
+    assert [list(line.get_ydata()) for line in accuracies.lines[3:]] == [[97.0] * 3, [98.0] * 3]
+    labels = [text.get_text() for text in accuracies.get_legend().get_texts()]
+    assert labels[3:] == ["test, 2 recorded runs"]
+
+
 @pytest.mark.parametrize("augmented_epochs", [None, -3, 0, 2])
 def test_history_without_an_end_of_the_augmentation_has_no_line_for_it(figures, augmented_epochs):
     plots.plot_history(history_of([85.0, 96.5]), "interrupted", augmented_epochs)
@@ -196,6 +239,57 @@ def test_target_is_met_by_the_last_five_epochs():
     assert plots.check_target(history_of([98.0] + [99.4] * 5)).endswith(": met")
     assert plots.check_target(history_of([99.5] * 5 + [99.39])).endswith(": not met")
     assert plots.check_target(history_of([99.5] * 4)).endswith("only 4 epochs")
+
+
+# ---- comparison of runs ----
+
+
+def saved_run(name, test_acc, recorded=(), **changes):
+    """Return a run as it is read from a checkpoint."""
+    summary = {"network": "Model2", "scheduler": "StepLR(gamma=0.1)", "epochs": "15"} | changes
+    return runs.SavedRun(name, summary, history_of(test_acc), {"model.py": "text"}, list(recorded), "")
+
+
+SAVED = [
+    saved_run("a.pt", [99.5] * 10 + [99.3, 99.4, 99.4, 99.5, 99.5]),
+    saved_run("b.pt", [99.0] * 5, [history_of([99.2]), history_of([99.4])], scheduler="None", epochs="5"),
+    saved_run("c.pt", [99.3], [history_of([99.2]), history_of([99.4])]),
+    saved_run("d.pt", [99.5], [history_of([99.2]), history_of([99.4])])._replace(sources={"model.py": "new"}),
+    runs.SavedRun("e.pt", {}, runs.History(), {}, [], "not a checkpoint"),
+]
+
+
+def test_runs_are_compared_with_the_first_one():
+    description, _, *table = plots.compare_runs(SAVED).data.splitlines()
+    assert description == "The first run, a.pt: network: Model2; scheduler: StepLR(gamma=0.1); epochs: 15."
+    assert table[2:] == [
+        "| a.pt |  | 15 of 15 | 99.42 | 99.30 | 12 |",
+        "| b.pt | scheduler: None; epochs: 5 | 5 of 5 | 99.00 | 99.00 | never |",
+        "| c.pt |  | 1 of 15 | 99.30 | 99.30 | never |",
+        "| d.pt | model.py: other text | 1 of 15 | 99.50 | 99.50 | 1 |",
+        "| e.pt | not a checkpoint |  |  |  |  |",
+    ]
+    assert plots.compare_runs(SAVED[4:]).data == "There are no runs yet."
+
+
+def test_runs_are_compared_with_the_range_of_the_recorded_ones():
+    assert plots.compare_with_recorded(SAVED).splitlines() == [
+        "b.pt: mean 99.00 %, 0.20 points below the range of the 2 recorded runs, 99.20 to 99.40 %",
+        "c.pt: mean 99.30 %, inside the range of the 2 recorded runs, 99.20 to 99.40 %",
+        "d.pt: mean 99.50 %, 0.10 points above the range of the 2 recorded runs, 99.20 to 99.40 %",
+        "One run is one sample.",
+    ]
+
+
+def test_runs_are_plotted_beside_the_recorded_ones(figures):
+    plots.plot_runs(SAVED)
+    axis = figures[0].figure.axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a.pt", "b.pt", "c.pt", "d.pt"]
+    means = [line.get_xdata()[0] for line in axis.lines[:4]]
+    assert means == pytest.approx([99.42, 99.0, 99.3, 99.5])
+    assert axis.collections[1].get_offsets().tolist() == [[99.2, 1], [99.4, 1]]
+    assert list(axis.lines[4].get_xdata()) == [99.4, 99.4]
+    assert "4 runs" in figures[0].alt
 
 
 # ---- misclassified images ----
@@ -311,5 +405,6 @@ def test_fields_are_squares_around_the_center_of_the_image(figures):
     labels = [square.get_label() for square in axis.patches]
     assert labels == ["5×5: frozen", "10×10: reused", "14×14: reused", "28×28: end"]
     assert axis.patches[1].get_bbox().bounds == (8.5, 8.5, 10, 10)
+    assert axis.patches[0].get_bbox().bounds == (10.5, 10.5, 5, 5)  # along the edges of pixels
     plots.plot_fields(create_model("Model4"), torch.zeros(28, 28), "title")
     assert figures[1].figure.axes[0].patches[-1].get_label() == "28×28: gap, logits"
