@@ -19,8 +19,11 @@ import torch
 import torchinfo
 from IPython import get_ipython
 from IPython.core.pylabtools import select_figure_formats
-from IPython.display import Markdown, display
+from IPython.display import Code, Markdown, display
 from matplotlib.figure import Figure
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
 from torch import nn
 
 from utils import DIGITS, SIDE, unwrap
@@ -35,16 +38,30 @@ LAST_EPOCHS = 5  # of a run, to which the target applies: our reading of the cou
 # ---- source code and layers ----
 
 
-def show_source(item):
-    """Print the source of a function or class, which may be defined in a file or in a cell."""
-    if inspect.isclass(item) and item.__module__ == "__main__":  # `inspect` finds classes in files only
-        method = next(filter(inspect.isfunction, vars(item).values()))
-        lines, _ = inspect.findsource(method)  # of the whole cell
-        for node in ast.walk(ast.parse("".join(lines))):
-            if isinstance(node, ast.ClassDef) and node.name == item.__name__:
-                print(ast.get_source_segment("".join(lines), node))
-    else:
-        print(inspect.getsource(item))
+class Source(Code):
+    """Highlighted Python code. Long lines scroll on a narrow screen, instead of being broken inside words."""
+
+    def _repr_html_(self):
+        style = "font-family: monospace; line-height: 1.3; white-space: pre; overflow-x: auto"
+        formatter = HtmlFormatter(noclasses=True, cssstyles="color: black", prestyles=style)  # on any page
+        return highlight(self.data, PythonLexer(), formatter)
+
+
+def show_source(*items):
+    """Return the source of functions or classes, defined in a file or in a cell, as a `Source`."""
+    return Source("\n\n".join(map(read_source, items)), language="python")
+
+
+def read_source(item):
+    """Return the source of a function or class as text."""
+    if not inspect.isclass(item) or item.__module__ != "__main__":
+        return inspect.getsource(item)
+    method = next(filter(inspect.isfunction, vars(item).values()))  # `inspect` finds classes in files only
+    lines, _ = inspect.findsource(method)  # of the whole cell
+    text = "".join(lines)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef) and node.name == item.__name__:
+            return ast.get_source_segment(text, node) + "\n"
 
 
 class Layer(NamedTuple):
@@ -192,6 +209,73 @@ def plot_digits(images, captions, title, name):
         axis.set_axis_off()
     shown = ", ".join(map(str, captions[:20]))
     show_figure(figure, name, f"{title}: {shown}".rstrip(": ,"))
+
+
+def plot_convolution(image, kernel, feature_map, row, column):
+    """Plot an image `(H, W)`, a kernel `(k, k)` with its numbers, and the feature map of their convolution.
+
+    Squares mark the output at `row` and `column` of the map, and the pixels of the image that it depends on.
+    Dark is low, light is high; zero is gray in the kernel and in the map.
+    """
+    size = len(kernel)
+    figure, axes = plt.subplots(1, 3, figsize=(6.5, 2.5), layout="constrained", subplot_kw=NO_TICKS)
+    names = ("image", "kernel", "feature map")
+    for axis, name, values in zip(axes, names, (image, kernel, feature_map), strict=True):
+        limit = values.abs().max().item()
+        axis.imshow(values.numpy(), cmap="gray", vmin=-limit, vmax=limit, **AS_PIXELS)
+        axis.set_title(f"{name} {'×'.join(map(str, values.shape))}", fontsize=12)
+    axes[0].images[0].set_clim(0, image.max().item())
+    for (i, j), weight in np.ndenumerate(kernel.numpy()):
+        color = "black" if weight > 0 else "white"
+        axes[1].text(j, i, f"{weight:g}", color=color, ha="center", va="center", fontsize=14)
+    for axis, side in ((axes[0], size), (axes[2], 1)):
+        square = plt.Rectangle((column - 0.5, row - 0.5), side, side, fill=False, linewidth=2)
+        square.set_edgecolor(TRAIN_COLOR)
+        axis.add_patch(square)
+    show_figure(figure, "convolution", "An image, a kernel, and the feature map of their convolution")
+
+
+def plot_rates(rates, losses, title):
+    """Plot the loss after a few steps for each learning rate, both on a logarithmic scale.
+
+    A loss that is not finite is left out.
+    """
+    figure, axis = plt.subplots(figsize=(5, 3.3), layout="constrained")
+    axis.loglog(rates, losses, "-o", color=TRAIN_COLOR)
+    axis.axhline(np.log(DIGITS), color="gray", linestyle="--", label="ln 10, untrained")
+    axis.set(title=title, xlabel="learning rate", ylabel="train loss")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    pairs = ", ".join(f"{loss:.2f} at {rate:g}" for rate, loss in zip(rates, losses, strict=True))
+    show_figure(figure, "rates", f"{title}: {pairs}")
+
+
+def plot_schedules(schedules, title):
+    """Plot test accuracies per epoch for several schedules, each given by the histories of its runs.
+
+    Thin lines are the runs, the thick one is their mean. The learning rates are those of the histories.
+    """
+    figure, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
+    labels = []
+    for number, runs in enumerate(schedules):
+        color = f"C{number}"
+        first, *_, last = runs[0].learning_rates
+        label = f"from {first:g} to {last:.2g}"
+        if first == last:
+            label = f"constant {first:g}"
+        accuracies = np.array([run.test_acc for run in runs])
+        epochs = range(1, accuracies.shape[1] + 1)
+        axis.plot(epochs, accuracies.T, color=color, linewidth=0.6, alpha=0.6)
+        axis.plot(epochs, accuracies.mean(axis=0), color=color, linewidth=2.5, label=label)
+        labels.append(f"{label}: {accuracies[:, -1].mean():.2f} % in the last epoch")
+    axis.axhline(TARGET_ACCURACY, color="gray", linestyle="--", label=f"{TARGET_ACCURACY} %")
+    axis.set(title=title, xlabel="epoch", ylabel="test accuracy (%)")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    axis.legend(title="learning rate")
+    show_figure(figure, "schedules", f"{title}, learning rate {', '.join(labels)}")
 
 
 def plot_history(history, title, augmented_epochs=None, recorded=()):
@@ -498,3 +582,41 @@ def plot_fields(model, image, title):
         axis.add_patch(square)
     figure.legend(loc="outside right center")
     show_figure(figure, "fields", f"{title}, as squares on one image")
+
+
+def plot_architecture(model, title):
+    """Draw the blocks of a model as slabs, from the image down to the last output, with their numbers.
+
+    The height of a slab is the side length of the block's output, its width the number of channels. Blocks
+    without parameters are gray.
+    """
+    rows = [("image", (1, SIDE, SIDE), "", "")]
+    for name, group in itertools.groupby(layer_table(model), lambda layer: layer.name.split(".")[0]):
+        layers = list(group)
+        parameters = sum(layer.parameters for layer in layers)
+        rows.append((name, layers[-1].output, layers[-1].receptive_field or "", f"{parameters:,}"))
+    widest = max(output[0] for _, output, _, _ in rows)
+    figure, axis = plt.subplots(layout="constrained")
+
+    def write(y, *texts):  # beside the slabs, which are at x from 0 to 1
+        for x, text, side in zip((1.15, 2, 3, 3.85), texts, ("left", "left", "right", "right"), strict=True):
+            axis.text(x, y, text, ha=side, va="center", fontsize=9)
+
+    write(2, "block", "output", "field", "parameters")
+    y = 8  # in pixels of the outputs, downward
+    for name, output, field, parameters in rows:
+        width = output[0] / widest
+        height = max(output[1:], default=1)
+        row_height = max(height, 5)  # room for a line of text
+        middle = y + row_height / 2
+        slab = plt.Rectangle((0.5 - width / 2, middle - height / 2), width, height, edgecolor="gray")
+        slab.set_facecolor("lightgray" if parameters in ("", "0") else TEST_COLOR)
+        axis.add_patch(slab)
+        write(middle, name, "×".join(map(str, output)), field, parameters)
+        y += row_height + 2
+    axis.set(xlim=(-0.05, 3.9), ylim=(y, 0))
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=10)
+    figure.set_size_inches(4.2, 0.4 + y / 30)
+    sizes = ", ".join(f"{name} {'×'.join(map(str, output))}" for name, output, _, _ in rows)
+    show_figure(figure, "architecture", f"{title}: {sizes}")

@@ -119,7 +119,7 @@ def test_later_cells_report_the_run_that_they_show(kernel, figures, monkeypatch,
     assert "Model1" not in reported
     kernel.run("training-code")
     capsys.readouterr()
-    kernel.run("confusion-code", "pairs-code")  # the confusion is still that of Model4
+    kernel.run("confusion-code")  # the confusion is still that of Model4
     assert "Model4" in figures[-1].alt
     assert capsys.readouterr().out.startswith("Model4 ")
 
@@ -151,6 +151,18 @@ def test_functions_of_a_cell_are_no_variables_of_another():
                 variables.add(node.id)
     assert functions
     assert functions.isdisjoint(variables)
+
+
+def test_cells_before_training_leave_the_variables_of_other_cells_alone():
+    """Run again between training and the cells below, they change nothing of what is shown there."""
+    used_later = {"data", "target", "criterion", "model", "optimizer", "train_loader", "test_loader", "run"}
+    for name in BEFORE_TRAINING:
+        stored = set()
+        for node in ast.walk(ast.parse(CELLS[name].source)):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                stored.add(node.id)
+        expected = {"batch-code": {"data", "target"}, "check-code": {"criterion"}}
+        assert stored & used_later == expected.get(name, set())
 
 
 # ---- the setup cell ----
@@ -330,6 +342,14 @@ def test_links_in_the_notebook_lead_to_its_sections():
         assert f'<a name="{link}"></a>\n## {link.replace("-", " ")}\n' in MARKDOWN
 
 
+def test_ten_questions_have_folded_answers_and_links_to_their_sections():
+    (text,) = [cell.source for cell in NOTEBOOK.cells if cell.id == "questions"]
+    _, *questions = re.split(r"^\d+\. ", text, flags=re.MULTILINE)
+    assert len(questions) == 10
+    for question in questions:
+        assert re.match(r"\[.+?\]\(#\S+\): .+\n\n   <details><summary>Answer</summary>\n\n   \S", question)
+
+
 def test_figures_in_the_text_are_embedded_and_have_alternative_text():
     """A notebook that was opened alone has no folder of images."""
     attached = []
@@ -341,7 +361,8 @@ def test_figures_in_the_text_are_embedded_and_have_alternative_text():
 
 
 def test_metadata_lets_nbval_compare_asks_colab_for_a_gpu_and_has_no_widgets_or_times():
-    for name in ("check-code", "layers-code", "recipe-code", "target-code"):
+    lesson = ("convolution", "formulas", "layers", "loss", "check", "modes", "overfit", "step")
+    for name in (*[f"{part}-code" for part in lesson], "recipe-code", "target-code"):
         assert "nbval-ignore-output" not in CELLS[name].metadata.get("tags", [])
     assert NOTEBOOK.metadata.accelerator == "GPU"
     assert "widgets" not in NOTEBOOK.metadata

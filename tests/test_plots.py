@@ -95,6 +95,34 @@ def test_network_with_an_lstm_has_a_table_and_fields(figures):
     assert labels == ["28×28: lstm, logits"]
 
 
+def test_source_is_highlighted_and_scrolls_on_a_narrow_screen():
+    source = plots.show_source(plots.number_of, plots.Layer)
+    assert repr(source).startswith("def number_of(count, noun):\n")
+    assert "\n\n\nclass Layer(NamedTuple):\n" in repr(source)
+    html = source._repr_html_()
+    assert "overflow-x: auto" in html
+    assert 'style="color: #008000; font-weight: bold">def<' in html
+
+
+def test_architecture_is_drawn_by_size_and_channels_with_the_numbers_of_each_block(figures):
+    plots.plot_architecture(Branches(), "title")
+    axis = figures[0].figure.axes[0]
+    assert [slab.get_height() for slab in axis.patches] == [28, 24, 12, 1]
+    widths = [slab.get_width() for slab in axis.patches]
+    assert widths == pytest.approx([1 / 6, 4 / 6, 4 / 6, 1])  # of 1, 4, 4 and 6 channels
+    texts = [text.get_text() for text in axis.texts]
+    assert texts[8:] == [
+        *["frozen", "4×24×24", "5", "36"],
+        *["reused", "4×12×12", "14", "144"],
+        *["end", "6", "28", "222"],
+    ]
+    assert figures[0].alt == "title: image 1×28×28, frozen 4×24×24, reused 4×12×12, end 6"
+    plots.plot_architecture(create_model("Model2"), "title")
+    slabs = figures[1].figure.axes[0].patches
+    assert slabs[4].get_facecolor() == pytest.approx((*to_rgb("lightgray"), 1))  # the pool
+    assert slabs[5].get_facecolor() != slabs[4].get_facecolor()
+
+
 # ---- figures ----
 
 
@@ -153,6 +181,43 @@ def test_at_most_20_digits_are_plotted(figures):
     assert figures[0].alt == f"25 images: {', '.join(map(str, range(20)))}"
     plots.plot_digits(images, [""] * 25, "no captions", "name")
     assert figures[1].alt == "no captions"
+
+
+# ---- convolution and learning rates ----
+
+
+def test_convolution_is_shown_with_its_output_and_the_pixels_it_depends_on(figures):
+    image = torch.rand(28, 28)
+    kernel = torch.tensor([[-1.0, 0.5], [0, 1]])
+    feature_map = F.conv2d(image[None, None], kernel[None, None])[0, 0]
+    plots.plot_convolution(image, kernel, feature_map, row=4, column=7)
+    axes = figures[0].figure.axes
+    assert [axis.get_title() for axis in axes] == ["image 28×28", "kernel 2×2", "feature map 27×27"]
+    assert torch.equal(torch.tensor(axes[2].images[0].get_array()), feature_map)
+    assert [text.get_text() for text in axes[1].texts] == ["-1", "0.5", "0", "1"]
+    assert axes[0].patches[0].get_bbox().bounds == (6.5, 3.5, 2, 2)  # columns 7 and 8, rows 4 and 5
+    assert axes[2].patches[0].get_bbox().bounds == (6.5, 3.5, 1, 1)
+
+
+def test_loss_is_plotted_against_the_learning_rate(figures):
+    plots.plot_rates([0.01, 0.1, 1], [2.0, 0.5, float("nan")], "title")
+    axis = figures[0].figure.axes[0]
+    assert [axis.get_xscale(), axis.get_yscale()] == ["log", "log"]
+    assert list(axis.lines[0].get_xdata()) == [0.01, 0.1, 1]
+    assert list(axis.lines[0].get_ydata())[:2] == [2.0, 0.5]
+    assert figures[0].alt == "title: 2.00 at 0.01, 0.50 at 0.1, nan at 1"
+
+
+def test_schedules_are_plotted_with_their_runs_and_means(figures):
+    constant = runs.History(test_acc=[98.0, 99.0], learning_rates=[0.1, 0.1])
+    decaying = [history_of([97.0, 99.4]), history_of([98.0, 99.6])]
+    plots.plot_schedules([decaying, [constant]], "title")
+    axis = figures[0].figure.axes[0]
+    accuracies = [list(line.get_ydata()) for line in axis.lines[:5]]
+    assert accuracies == [[97.0, 99.4], [98.0, 99.6], [97.5, 99.5], [98.0, 99.0], [98.0, 99.0]]
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["from 0.1 to 0.01", "constant 0.1", "99.4 %"]
+    assert "from 0.1 to 0.01: 99.50 % in the last epoch" in figures[0].alt
 
 
 # ---- history ----
