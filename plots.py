@@ -236,17 +236,19 @@ def plot_convolution(image, kernel, feature_map, row, column):
 
 
 def plot_rates(rates, losses, title):
-    """Plot the loss after a few steps for each learning rate, both on a logarithmic scale.
+    """Plot the loss after a few steps for each learning rate, both on logarithmic scales.
 
-    A loss that is not finite is left out.
+    Losses above that of guessing, ln 10, may lie outside; those that are not finite are left out.
     """
     figure, axis = plt.subplots(figsize=(5, 3.3), layout="constrained")
     axis.loglog(rates, losses, "-o", color=TRAIN_COLOR)
     axis.axhline(np.log(DIGITS), color="gray", linestyle="--", label="ln 10, untrained")
-    axis.set(title=title, xlabel="learning rate", ylabel="train loss")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.grid(alpha=0.3, which="both")
+    axis.set(title=title, xlabel="learning rate", ylabel="train loss", yticks=(0.1, 0.2, 0.5, 1, 2))
+    axis.set_ylim(top=1.5 * np.log(DIGITS))
+    axis.minorticks_off()
+    for direction in (axis.xaxis, axis.yaxis):
+        direction.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.3)
     axis.legend()
     pairs = ", ".join(f"{loss:.2f} at {rate:g}" for rate, loss in zip(rates, losses, strict=True))
     show_figure(figure, "rates", f"{title}: {pairs}")

@@ -347,7 +347,7 @@ def test_ten_questions_have_folded_answers_and_links_to_their_sections():
     _, *questions = re.split(r"^\d+\. ", text, flags=re.MULTILINE)
     assert len(questions) == 10
     for question in questions:
-        assert re.match(r"\[.+?\]\(#\S+\): .+\n\n   <details><summary>Answer</summary>\n\n   \S", question)
+        assert re.match(r"\[.+?\]\(#\S+\): .+\n\n +<details><summary>Answer</summary>\n\n +", question)
 
 
 def test_figures_in_the_text_are_embedded_and_have_alternative_text():
