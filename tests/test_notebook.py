@@ -230,6 +230,8 @@ def copy_repository(folder):
     for path in [*ROOT.glob("*.py"), ROOT / "draw.html"]:
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "images", folder / "images")
+    (folder / "benchmarks").mkdir()
+    shutil.copy(ROOT / "benchmarks" / "accuracy.csv", folder / "benchmarks")
     return folder
 
 
