@@ -69,8 +69,8 @@ def drawing_field(model, description):
     template = PAGE.read_text(encoding="utf-8").partition("<template>")[2]
     markup, _, script = template.partition("<script>")
     parts = [network, markup, script.partition("</script>")[0], TEXT, START]
-    parts = [html.escape(part).replace("\n", "&#10;") for part in parts]  # a blank line ends HTML in Markdown
-    return DrawingField(OUTPUT.format(*parts))
+    output = OUTPUT.format(*map(html.escape, parts))
+    return DrawingField(output.replace("\n", "&#10;").replace("`", "&#96;"))  # they end HTML in Markdown
 
 
 def export_layers(model):
@@ -99,10 +99,7 @@ def innermost_layers(model):
 
 @torch.no_grad()
 def check_order(model):
-    """Raise ValueError unless a model only applies its layers one after the other, as `draw.html` does.
-
-    A network with a skip connection or with a pool in its `forward` would be computed incorrectly.
-    """
+    """Raise ValueError unless a model only applies its layers one after the other, as `draw.html` does."""
     data = torch.linspace(0, 1, SIDE * SIDE, dtype=torch.float64)  # no random numbers: their state is kept
     data = data.reshape(1, 1, SIDE, SIDE)
     try:

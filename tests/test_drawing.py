@@ -5,7 +5,6 @@ import io
 import os
 import re
 
-import mistune
 import nbformat
 import numpy as np
 import pytest
@@ -94,8 +93,7 @@ def test_without_scripts_the_field_is_a_sentence_in_one_line():
     field = drawing_field(create_model("Model4"), "a description")
     assert repr(field) == TEXT
     assert re.sub(r"<[^<>]*>", "", field.data) == TEXT
-    assert "\n" not in field.data
-    assert re.sub(r"<[^<>]*>", "", mistune.html(field.data)).strip() == TEXT  # nbconvert --to markdown
+    assert not {"\n", "`"} & set(field.data)  # a blank line or code would end HTML in Markdown
     assert SanitizeHTML().sanitize_html_tags(field.data).startswith(f"<i>{TEXT}</i>")
 
 
@@ -312,11 +310,15 @@ def test_finger_draws_and_scrolls_only_outside_the_field(show):
     assert field.get_attribute("data-prevent-swipe") == ""  # no stroke turns the page of slides
 
 
-def test_pen_draws_whatever_the_palm_does(field):
+def test_right_button_canceled_touch_and_palm_do_not_draw(field):
+    devtools = field.page.context.new_cdp_session(field.page)
+    field.locator("svg").click(button="right")
+    send(devtools, "touchStart", (80, 80))
+    send(devtools, "touchCancel", (80, 80))
+    assert is_empty(field)
     drag(field.page, [(80, 80), (180, 80), (120, 220)], "pen")
     seven = ink_of(field)
     field.get_by_role("button", name="Clear").click()
-    devtools = field.page.context.new_cdp_session(field.page)
     send(devtools, "touchStart", (200, 200))
     send(devtools, "mousePressed", (80, 80))
     send(devtools, "touchMove", (240, 220))
@@ -328,37 +330,23 @@ def test_pen_draws_whatever_the_palm_does(field):
     assert torch.equal(ink_of(field), seven)
 
 
-def test_right_button_and_canceled_touch_do_not_draw(field):
-    field.locator("svg").click(button="right")
-    devtools = field.page.context.new_cdp_session(field.page)
-    for kind in ("touchStart", "touchCancel"):
-        send(devtools, kind, (80, 80))
-    assert is_empty(field)
-
-
-def test_stroke_has_the_points_between_two_frames_even_if_they_are_many(field):
+def test_the_points_between_two_frames_are_drawn_with_one_prediction_even_if_they_are_many(field):
     field.locator("svg").hover(position={"x": 60, "y": 60})
     field.page.mouse.down()
-    field.evaluate("""({ shadowRoot }) => {
+    answer(field)
+    predictions = field.evaluate("""({ shadowRoot }) => {
+        let predictions = 0;
+        shadowRoot.querySelector("output").classList.toggle = () => predictions++;
         const svg = shadowRoot.querySelector("svg");
         const { left, top } = svg.getBoundingClientRect();
         const place = (x, y) => ({ pointerId: 1, clientX: left + x, clientY: top + y });
         const move = new PointerEvent("pointermove", place(200, 200));
         move.getCoalescedEvents = () => [...Array(140_000).fill(place(60, 200)), move];
         svg.dispatchEvent(move);
-    }""")
-    assert answer(field)[0].isdigit()
-    assert ink_of(field)[180, 54] == 1
-
-
-def test_many_events_need_one_prediction(field):
-    predictions = field.evaluate("""({ shadowRoot }) => {
-        let predictions = 0;
-        shadowRoot.querySelector("path").setAttribute = () => predictions++;
-        for (let i = 0; i < 20; i++) shadowRoot.querySelector(".clear").click();
         return new Promise(requestAnimationFrame).then(() => predictions);
     }""")
     assert predictions == 1
+    assert ink_of(field)[180, 54] == 1
 
 
 @pytest.mark.parametrize("keys", ["Control+z", "Meta+z"])
@@ -445,7 +433,7 @@ def test_field_works_in_the_page_of_a_notebook_that_inserts_it_later(show):
 
 def test_page_itself_is_a_sentence_when_it_is_opened(show):
     page = show(PAGE.read_text(encoding="utf-8")).page
-    assert re.fullmatch(r"This file is .* S7\.ipynb.*", page.inner_text("body").strip())
+    assert re.fullmatch(r"This is the template .* S7\.ipynb.*", page.inner_text("body").strip())
 
 
 @pytest.mark.parametrize("options", [{}, {"forced_colors": "active"}], ids=["dark theme", "forced colors"])
