@@ -222,6 +222,13 @@ def test_what_is_trained_is_printed_before_the_first_epoch(capsys):
     )
 
 
+@pytest.mark.parametrize("augmented_epochs", ["0", "-3"])
+def test_augmentation_that_is_never_used_is_not_named(capsys, augmented_epochs):
+    """In a run of fewer epochs than the last ones, which have the original images."""
+    Notebook({"EPOCHS - recipe.clean_epochs": augmented_epochs}).train()
+    assert "2 batches\nSGD" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("saved", "change", "named"),
     [
