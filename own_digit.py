@@ -21,6 +21,7 @@ from utils import MEAN, SIDE, STD
 
 WORKING_SIZE = 256  # longest side, in pixels, of the picture in which the digit is looked for
 BACKGROUND_WINDOW = 0.4  # side of the closing's square as a share of the picture's longest side
+EVEN_BORDER = 0.3  # deviation of the border's brightness, as a share of the picture's, below which it is even
 THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest; the last is the crop's, as in draw.html
 MIN_CONTRAST = 0.1  # lowest score of a digit: an outline of this contrast, as long as the longest side
 MAX_ASPECT = 2.5  # width over height of a digit
@@ -126,8 +127,12 @@ def extract_ink(picture):
     """
     coarse = resize(picture, WORKING_SIZE // 4)
     reach = round(BACKGROUND_WINDOW * max(coarse.shape) / 2)
-    local_mean = F.avg_pool2d(coarse[None, None], 2 * reach + 1, 1, reach, count_include_pad=False)[0, 0]
-    if (coarse - local_mean).pow(3).sum() > 0:
+    framed = coarse
+    border = torch.cat([coarse[0], coarse[-1], coarse[:, 0], coarse[:, -1]])
+    if border.std() < EVEN_BORDER * coarse.std():
+        framed = F.pad(coarse, 4 * [reach], value=border.median().item())
+    local_mean = F.avg_pool2d(framed[None, None], 2 * reach + 1, 1, reach, count_include_pad=False)[0, 0]
+    if (framed - local_mean).pow(3).sum() > 0:
         picture = 1 - picture
         coarse = 1 - coarse
     background = erode(dilate(coarse, reach), reach)
@@ -229,25 +234,31 @@ def has_box_of_any(component, frames):
 
 
 def select_parts(main, components):
-    """Return the components that belong to the digit of which `main` is one.
+    """Return the mask `(H, W)` of the components that belong to the digit of which `main` is one.
 
-    Raise ValueError if there is a second digit beside it.
+    Parts are joined step by step, because each one may bring the next within reach. Raise ValueError if
+    there is a second digit beside them.
     """
-    reach = REACH * max(main.height, main.width)
-    parts = []
-    for component in components:
-        beside = max(component.left - main.right, main.left - component.right)
-        above_or_below = max(component.top - main.bottom, main.top - component.bottom)
-        is_cut = component.border > 0 and main.border == 0  # a neighbor, or the table
-        is_faint = component.peak < COMPARABLE * main.peak
-        if is_cut or is_faint:
-            continue
-        is_apart = beside > NEGLIGIBLE * max(component.height, main.height)
-        if is_apart and component.height > COMPARABLE * main.height:
-            raise ValueError("more than one digit found: give a picture of one digit")
-        if beside < reach and above_or_below < reach:
-            parts.append(component)
-    return parts
+    mask = torch.zeros_like(main.mask)
+    joined = main.mask
+    while not torch.equal(joined, mask):
+        mask = joined
+        top, bottom, left, right = bounding_box(mask)
+        height = bottom - top
+        reach = REACH * max(height, right - left)
+        for component in components:
+            beside = max(component.left - right, left - component.right)
+            above_or_below = max(component.top - bottom, top - component.bottom)
+            is_cut = component.border > 0 and main.border == 0  # a neighbor, or the table
+            is_faint = component.peak < COMPARABLE * main.peak
+            if is_cut or is_faint:
+                continue
+            is_apart = beside > NEGLIGIBLE * max(component.height, height)
+            if is_apart and component.height > COMPARABLE * height:
+                raise ValueError("more than one digit found: give a picture of one digit")
+            if beside < reach and above_or_below < reach:
+                joined = joined | component.mask
+    return mask
 
 
 def find_digit(image):
@@ -262,10 +273,8 @@ def find_digit(image):
         small = resize(picture, WORKING_SIZE)
     ink = extract_ink(small)
     main, components = find_main(ink)
-    mask = torch.zeros(ink.shape)
-    for part in select_parts(main, components):
-        mask += part.mask
-    ink = ink * dilate(mask)  # with the soft edges
+    mask = select_parts(main, components)
+    ink = ink * dilate(mask.float())  # with the soft edges
     ink = ink / ink.max()
     top, bottom, left, right = bounding_box(ink > THRESHOLDS[-1])
     height, width = ink.shape
