@@ -7,6 +7,7 @@ Brightness and ink are from 0 to 1. A picture that shows no digit, or several, r
 that says what to do.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -21,10 +22,10 @@ from utils import MEAN, SIDE, STD
 
 WORKING_SIZE = 256  # longest side, in pixels, of the picture in which the digit is looked for
 BACKGROUND_WINDOW = 0.4  # side of the closing's square as a share of the picture's longest side
-EVEN_BORDER = 0.3  # deviation of the border's brightness, as a share of the picture's, below which it is even
 THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest; the last is the crop's, as in draw.html
-MIN_CONTRAST = 0.1  # lowest score of a digit: an outline of this contrast, as long as the longest side
+MIN_CONTRAST = 0.1  # lowest energy of a digit: an outline of this contrast, as long as the longest side
 MAX_ASPECT = 2.5  # width over height of a digit
+MAX_HOLES = 5  # in a digit: an 8 has two, grainy strokes have some more, and a grid has one per cell
 NEGLIGIBLE = 0.04  # sizes and gaps below this share do not count
 COMPARABLE = 0.3  # share of another's height (second digit, digit in a frame) or darkest ink (digit's parts)
 REACH = 0.2  # distance of a digit's parts as a share of its longest side
@@ -58,10 +59,6 @@ class Component(NamedTuple):
     def may_be_digit(self):
         return self.width < MAX_ASPECT * self.height
 
-    @property
-    def score(self):
-        return self.energy * (1 - self.border / (self.height + self.width))
-
 
 class Digit(NamedTuple):
     """The digit found in a picture."""
@@ -82,8 +79,12 @@ def read_picture(image):
     applied. Transparent pixels become background that contrasts with the ink. Pillow raises an error if it
     cannot read the file.
     """
-    if not isinstance(image, Image.Image):
+    if isinstance(image, (str, Path)):
+        image = Image.open(Path(image).expanduser())
+    elif hasattr(image, "read"):
         image = Image.open(image)
+    elif not isinstance(image, Image.Image):
+        raise ValueError("give a path, an open file, a PIL image, or pixels such as test_set.images[0]")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 or 32 bits per pixel, which Pillow would clip at 255
         image = image.convert("I")
@@ -123,16 +124,14 @@ def extract_ink(picture):
     """Return how much darker than its background each pixel is, or lighter if the strokes are light.
 
     Strokes differ from the local mean by more than the background does, and the third power keeps the sign.
+    The border's pixels are repeated outside, so that thick strokes do not outweigh the background there.
     The background is a gray closing: the brightness that the picture would have without dark strokes.
     """
     coarse = resize(picture, WORKING_SIZE // 4)
     reach = round(BACKGROUND_WINDOW * max(coarse.shape) / 2)
-    framed = coarse
-    border = torch.cat([coarse[0], coarse[-1], coarse[:, 0], coarse[:, -1]])
-    if border.std() < EVEN_BORDER * coarse.std():
-        framed = F.pad(coarse, 4 * [reach], value=border.median().item())
-    local_mean = F.avg_pool2d(framed[None, None], 2 * reach + 1, 1, reach, count_include_pad=False)[0, 0]
-    if (framed - local_mean).pow(3).sum() > 0:
+    surrounded = F.pad(coarse[None, None], 4 * [reach], mode="replicate")
+    local_mean = F.avg_pool2d(surrounded, 2 * reach + 1, stride=1)[0, 0]
+    if (coarse - local_mean).pow(3).sum() > 0:
         picture = 1 - picture
         coarse = 1 - coarse
     background = erode(dilate(coarse, reach), reach)
@@ -205,10 +204,17 @@ def find_main(ink):
         frames += [component for component in found if is_frame(component, found)]
     components = [component for component in components if not has_box_of_any(component, frames)]
     candidates = [component for component in components if component.may_be_digit]
-    main = max(candidates, key=lambda component: component.score, default=None)
-    if main is None or main.score < MIN_CONTRAST**2 * max(ink.shape):
+    main = max(candidates, key=lambda component: component.energy, default=None)
+    if main is None or main.energy < MIN_CONTRAST**2 * max(ink.shape) or count_holes(main) > MAX_HOLES:
         raise ValueError("no digit found: give a picture of one digit that stands out from its background")
     return main, [component for component in components if component.threshold == main.threshold]
+
+
+def count_holes(component):
+    """Return the number of holes in a component, without specks."""
+    background = ~F.pad(component.mask, (1, 1, 1, 1))  # connected outside of the component
+    areas = label_components(background)[background].bincount()
+    return (areas > NEGLIGIBLE**2 * component.height * component.width).sum() - 1
 
 
 def is_frame(frame, components):
@@ -268,10 +274,7 @@ def find_digit(image):
     shows no digit, or several side by side.
     """
     picture = read_picture(image)
-    small = picture
-    if max(picture.shape) > WORKING_SIZE:
-        small = resize(picture, WORKING_SIZE)
-    ink = extract_ink(small)
+    ink = extract_ink(resize(picture, min(max(picture.shape), WORKING_SIZE)))
     main, components = find_main(ink)
     mask = select_parts(main, components)
     ink = ink * dilate(mask.float())  # with the soft edges
@@ -360,13 +363,14 @@ def plot_prediction(digit, probabilities):
     height, width = digit.picture.shape
     top, bottom, left, right = digit.box
     frame = plt.Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=TEST_COLOR)
+    style = {"origin": "upper", "aspect": "equal", "interpolation": "nearest"}
     shares = {"extent": (0, 1, 1, 0), "aspect": height / width}  # the coordinates of the box
-    axes[0].imshow(digit.picture.numpy(), cmap="gray", vmin=0, vmax=1, **shares)
+    axes[0].imshow(digit.picture.numpy(), cmap="gray", vmin=0, vmax=1, **style | shares)
     axes[0].add_patch(frame)
     axes[0].set_title("the picture as read")
-    axes[1].imshow(digit.ink.numpy(), cmap="gray_r", vmin=0, vmax=1)
+    axes[1].imshow(digit.ink.numpy(), cmap="gray_r", vmin=0, vmax=1, **style)
     axes[1].set_title("detected digit")
-    axes[2].imshow(digit.input[0, 0].numpy(), cmap="gray_r")
+    axes[2].imshow(digit.input[0, 0].numpy(), cmap="gray_r", **style)
     axes[2].set_title("network input")
     title = f"prediction: {probabilities.argmax()} ({probabilities.max():.1%})"
     axes[3].bar(range(10), probabilities.tolist(), color=TEST_COLOR)
