@@ -13,26 +13,34 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from IPython.display import HTML
+from IPython.display import HTML, Pretty
 from torch import nn
 
 from utils import MEAN, SIDE, STD, unwrap
 
 PAGE = Path(__file__).with_name("draw.html")
 TEXT = (
-    "Drawing field: to draw a digit for the network to recognize, run this notebook in Jupyter, VS Code or "
-    "Colab, or create S7.html with the command in README.md."
+    "Drawing field: it needs scripts, which are blocked or removed here. In Jupyter or VS Code, trust the "
+    "notebook or run it; in a browser, allow scripts; if the site removes them, as GitHub does, download the "
+    "notebook and run it."
 )
 # Sanitizers escape the tags that they do not know, as nbconvert does, or remove them and keep the text. Both
 # keep the text of <i> and drop its attributes. A notebook may insert the output later, when scripts no longer
 # run by themselves; an image without a source reports an error in every case. JupyterLab would show a text in
-# its place, so it is hidden. The handler runs the program as a function: in the handler itself, it would be
-# many times slower, because every name is looked up in the element first.
+# its place, so it is hidden.
 OUTPUT = (
-    '<i class="drawing-field" data-network="{network}" data-markup="{markup}" data-program="{program}"'
-    ' onload="Function(this.dataset.program).call(this)">{text}</i>'
-    '<img alt="" style="display: none" src="" onerror="this.previousSibling.onload()">'
+    '<i class="drawing-field" data-network="{}" data-markup="{}" data-program="{}">{}</i>'
+    '<img alt="" style="display: none" src="" onerror="{}">'
 )
+# The handler of the image. In the handler itself, the program would be many times slower, because every name
+# is looked up in the element first; pages may forbid `Function(...)`, but then allow a script element.
+START = """
+  const sentence = this.previousElementSibling;
+  const script = document.createElement("script");
+  script.text = `document.currentScript.run = function () {${sentence.dataset.program}};`;
+  document.head.appendChild(script).remove();
+  script.run.call(sentence);
+"""
 
 
 class DrawingField(HTML):
@@ -49,24 +57,20 @@ def drawing_field(model, description):
     changed, and may be on any device. The page needs no kernel, no server and no network connection: the
     program of `draw.html` and the weights are embedded. `description` is shown under the field.
 
-    Raise ValueError if `draw.html` cannot compute a layer, which is named, or if the model does not apply
-    its layers in the order of their definition.
+    If `draw.html` cannot compute the network, return a text with the reason, which a notebook displays, too.
     """
     model = copy.deepcopy(unwrap(model)).cpu().double().eval()  # first to the CPU: MPS has no float64
-    layers = export_layers(model)
-    if not applies_layers_in_order(model):
-        raise ValueError("draw.html applies the layers in the order of their definition; this model does not")
-    network = {"description": description, "mean": MEAN, "std": STD, "layers": layers}
-    markup, _, script = PAGE.read_text(encoding="utf-8").partition("<script>")
-    program = script.partition("</script>")[0]
-    return DrawingField(
-        OUTPUT.format(
-            network=html.escape(json.dumps(network)),
-            markup=html.escape(markup),
-            program=html.escape(program),
-            text=html.escape(TEXT),
-        )
-    )
+    try:
+        layers = export_layers(model)
+        check_order(model)
+    except ValueError as error:
+        return Pretty(f"No drawing field: {error}")
+    network = json.dumps({"description": description, "mean": MEAN, "std": STD, "layers": layers})
+    template = PAGE.read_text(encoding="utf-8").partition("<template>")[2]
+    markup, _, script = template.partition("<script>")
+    parts = [network, markup, script.partition("</script>")[0], TEXT, START]
+    output = OUTPUT.format(*map(html.escape, parts))
+    return DrawingField(output.replace("\n", "&#10;").replace("`", "&#96;"))  # they end HTML in Markdown
 
 
 def export_layers(model):
@@ -94,21 +98,23 @@ def innermost_layers(model):
 
 
 @torch.no_grad()
-def applies_layers_in_order(model):
-    """Return whether a model only applies its layers one after the other, as `draw.html` does.
-
-    A network with a skip connection or with a pool in its `forward` would be computed incorrectly.
-    """
+def check_order(model):
+    """Raise ValueError unless a model only applies its layers one after the other, as `draw.html` does."""
     data = torch.linspace(0, 1, SIDE * SIDE, dtype=torch.float64)  # no random numbers: their state is kept
     data = data.reshape(1, 1, SIDE, SIDE)
-    expected = F.log_softmax(model(data), dim=1)
     try:
+        expected = F.log_softmax(model(data), dim=1)
         for _, layer in innermost_layers(model):
             data = layer(data)
+        output = F.log_softmax(data.flatten(1), dim=1)
+        same = output.shape == expected.shape and torch.allclose(output, expected, atol=1e-6)
     except RuntimeError:  # the shape does not fit
-        return False
-    output = F.log_softmax(data.flatten(1), dim=1)
-    return output.shape == expected.shape and torch.allclose(output, expected, atol=1e-6)
+        same = False
+    if not same:
+        raise ValueError(
+            "draw.html applies the layers in the order of their definition, then softmax; this model's "
+            "forward computes something else, such as F.softmax, F.relu or a skip connection"
+        )
 
 
 # ---- layers ----

@@ -7,6 +7,7 @@ Brightness and ink are from 0 to 1. A picture that shows no digit, or several, r
 that says what to do.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -16,14 +17,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
-from plots import TEST_COLOR, show_figure
+from plots import AS_PIXELS, TEST_COLOR, show_figure
 from utils import MEAN, SIDE, STD
 
 WORKING_SIZE = 256  # longest side, in pixels, of the picture in which the digit is looked for
 BACKGROUND_WINDOW = 0.4  # side of the closing's square as a share of the picture's longest side
 THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest; the last is the crop's, as in draw.html
-MIN_CONTRAST = 0.1  # lowest score of a digit: an outline of this contrast, as long as the longest side
+MIN_CONTRAST = 0.1  # lowest energy of a digit: an outline of this contrast, as long as the longest side
 MAX_ASPECT = 2.5  # width over height of a digit
+MAX_HOLES = 5  # in a digit: an 8 has two, grainy strokes have some more, and a grid has one per cell
 NEGLIGIBLE = 0.04  # sizes and gaps below this share do not count
 COMPARABLE = 0.3  # share of another's height (second digit, digit in a frame) or darkest ink (digit's parts)
 REACH = 0.2  # distance of a digit's parts as a share of its longest side
@@ -57,10 +59,6 @@ class Component(NamedTuple):
     def may_be_digit(self):
         return self.width < MAX_ASPECT * self.height
 
-    @property
-    def score(self):
-        return self.energy * (1 - self.border / (self.height + self.width))
-
 
 class Digit(NamedTuple):
     """The digit found in a picture."""
@@ -81,8 +79,12 @@ def read_picture(image):
     applied. Transparent pixels become background that contrasts with the ink. Pillow raises an error if it
     cannot read the file.
     """
-    if not isinstance(image, Image.Image):
+    if isinstance(image, (str, Path)):
+        image = Image.open(Path(image).expanduser())
+    elif hasattr(image, "read"):
         image = Image.open(image)
+    elif not isinstance(image, Image.Image):
+        raise ValueError("give a path, an open file, a PIL image, or pixels such as test_set.images[0]")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 or 32 bits per pixel, which Pillow would clip at 255
         image = image.convert("I")
@@ -122,11 +124,13 @@ def extract_ink(picture):
     """Return how much darker than its background each pixel is, or lighter if the strokes are light.
 
     Strokes differ from the local mean by more than the background does, and the third power keeps the sign.
+    The border's pixels are repeated outside, so that thick strokes do not outweigh the background there.
     The background is a gray closing: the brightness that the picture would have without dark strokes.
     """
     coarse = resize(picture, WORKING_SIZE // 4)
     reach = round(BACKGROUND_WINDOW * max(coarse.shape) / 2)
-    local_mean = F.avg_pool2d(coarse[None, None], 2 * reach + 1, 1, reach, count_include_pad=False)[0, 0]
+    surrounded = F.pad(coarse[None, None], 4 * [reach], mode="replicate")
+    local_mean = F.avg_pool2d(surrounded, 2 * reach + 1, stride=1)[0, 0]
     if (coarse - local_mean).pow(3).sum() > 0:
         picture = 1 - picture
         coarse = 1 - coarse
@@ -200,10 +204,17 @@ def find_main(ink):
         frames += [component for component in found if is_frame(component, found)]
     components = [component for component in components if not has_box_of_any(component, frames)]
     candidates = [component for component in components if component.may_be_digit]
-    main = max(candidates, key=lambda component: component.score, default=None)
-    if main is None or main.score < MIN_CONTRAST**2 * max(ink.shape):
+    main = max(candidates, key=lambda component: component.energy, default=None)
+    if main is None or main.energy < MIN_CONTRAST**2 * max(ink.shape) or count_holes(main) > MAX_HOLES:
         raise ValueError("no digit found: give a picture of one digit that stands out from its background")
     return main, [component for component in components if component.threshold == main.threshold]
+
+
+def count_holes(component):
+    """Return the number of holes in a component, without specks."""
+    background = ~F.pad(component.mask, (1, 1, 1, 1))  # connected outside of the component
+    areas = label_components(background)[background].bincount()
+    return (areas > NEGLIGIBLE**2 * component.height * component.width).sum() - 1
 
 
 def is_frame(frame, components):
@@ -229,25 +240,31 @@ def has_box_of_any(component, frames):
 
 
 def select_parts(main, components):
-    """Return the components that belong to the digit of which `main` is one.
+    """Return the mask `(H, W)` of the components that belong to the digit of which `main` is one.
 
-    Raise ValueError if there is a second digit beside it.
+    Parts are joined step by step, because each one may bring the next within reach. Raise ValueError if
+    there is a second digit beside them.
     """
-    reach = REACH * max(main.height, main.width)
-    parts = []
-    for component in components:
-        beside = max(component.left - main.right, main.left - component.right)
-        above_or_below = max(component.top - main.bottom, main.top - component.bottom)
-        is_cut = component.border > 0 and main.border == 0  # a neighbor, or the table
-        is_faint = component.peak < COMPARABLE * main.peak
-        if is_cut or is_faint:
-            continue
-        is_apart = beside > NEGLIGIBLE * max(component.height, main.height)
-        if is_apart and component.height > COMPARABLE * main.height:
-            raise ValueError("more than one digit found: give a picture of one digit")
-        if beside < reach and above_or_below < reach:
-            parts.append(component)
-    return parts
+    mask = torch.zeros_like(main.mask)
+    joined = main.mask
+    while not torch.equal(joined, mask):
+        mask = joined
+        top, bottom, left, right = bounding_box(mask)
+        height = bottom - top
+        reach = REACH * max(height, right - left)
+        for component in components:
+            beside = max(component.left - right, left - component.right)
+            above_or_below = max(component.top - bottom, top - component.bottom)
+            is_cut = component.border > 0 and main.border == 0  # a neighbor, or the table
+            is_faint = component.peak < COMPARABLE * main.peak
+            if is_cut or is_faint:
+                continue
+            is_apart = beside > NEGLIGIBLE * max(component.height, height)
+            if is_apart and component.height > COMPARABLE * height:
+                raise ValueError("more than one digit found: give a picture of one digit")
+            if beside < reach and above_or_below < reach:
+                joined = joined | component.mask
+    return mask
 
 
 def find_digit(image):
@@ -257,15 +274,10 @@ def find_digit(image):
     shows no digit, or several side by side.
     """
     picture = read_picture(image)
-    small = picture
-    if max(picture.shape) > WORKING_SIZE:
-        small = resize(picture, WORKING_SIZE)
-    ink = extract_ink(small)
+    ink = extract_ink(resize(picture, min(max(picture.shape), WORKING_SIZE)))
     main, components = find_main(ink)
-    mask = torch.zeros(ink.shape)
-    for part in select_parts(main, components):
-        mask += part.mask
-    ink = ink * dilate(mask)  # with the soft edges
+    mask = select_parts(main, components)
+    ink = ink * dilate(mask.float())  # with the soft edges
     ink = ink / ink.max()
     top, bottom, left, right = bounding_box(ink > THRESHOLDS[-1])
     height, width = ink.shape
@@ -352,12 +364,12 @@ def plot_prediction(digit, probabilities):
     top, bottom, left, right = digit.box
     frame = plt.Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=TEST_COLOR)
     shares = {"extent": (0, 1, 1, 0), "aspect": height / width}  # the coordinates of the box
-    axes[0].imshow(digit.picture.numpy(), cmap="gray", vmin=0, vmax=1, **shares)
+    axes[0].imshow(digit.picture.numpy(), cmap="gray", vmin=0, vmax=1, **AS_PIXELS | shares)
     axes[0].add_patch(frame)
     axes[0].set_title("the picture as read")
-    axes[1].imshow(digit.ink.numpy(), cmap="gray_r", vmin=0, vmax=1)
+    axes[1].imshow(digit.ink.numpy(), cmap="gray_r", vmin=0, vmax=1, **AS_PIXELS)
     axes[1].set_title("detected digit")
-    axes[2].imshow(digit.input[0, 0].numpy(), cmap="gray_r")
+    axes[2].imshow(digit.input[0, 0].numpy(), cmap="gray_r", **AS_PIXELS)
     axes[2].set_title("network input")
     title = f"prediction: {probabilities.argmax()} ({probabilities.max():.1%})"
     axes[3].bar(range(10), probabilities.tolist(), color=TEST_COLOR)

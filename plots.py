@@ -443,6 +443,8 @@ def compare_with_recorded(saved):
 def plot_runs(saved):
     """Plot the mean of the last test accuracies, a row per run, beside the recorded runs of its network."""
     runs = [run for run in saved if run.history.completed > 0]
+    if not runs:
+        return
     figure, axis = plt.subplots(figsize=(6.5, 1.2 + 0.35 * len(runs)), layout="constrained")
     for row, run in enumerate(runs):
         recorded = list(map(mean_of_last_epochs, run.recorded))

@@ -269,7 +269,7 @@ class BatchLoader:
                 " labels, such as DigitSet(name, mnist.data, mnist.targets), or use a DataLoader"
             )
         self.dataset = dataset
-        self.batch_size = batch_size
+        self.batch_size = operator.index(batch_size)  # no float
         self.shuffle = shuffle
         self.augmentation = augmentation
         self.data = normalize(dataset.images).to(device)

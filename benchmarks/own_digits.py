@@ -109,8 +109,12 @@ def to_picture(page, random):
 # ---- kinds of pictures: each is drawn from 28×28 images, white on black, of which the first is shown ----
 
 
-def pen_on_paper(images, random):
-    return to_picture(write_digit(images[0]), random)
+def thick_strokes(images, random):
+    """Widen the strokes by 4 to 10 % of the digit's size, and crop the page close to them."""
+    page = own_digit.erode(write_digit(images[0]), round(uniform(random, 0.02, 0.05) * DIGIT_SIDE))
+    top, bottom, left, right = ink_box(page)
+    margin = round(0.05 * DIGIT_SIDE)
+    return to_picture(page[top - margin : bottom + margin, left - margin : right + margin], random)
 
 
 def phone_photo(images, random):
@@ -205,7 +209,7 @@ def no_digit(images, random):
 
 
 KINDS = {
-    "pen on paper": pen_on_paper,
+    "thick strokes": thick_strokes,
     "phone photo": phone_photo,
     "printed box": printed_box,
     "neighbors cut by the border": neighbors_cut_by_the_border,

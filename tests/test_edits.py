@@ -222,12 +222,19 @@ def test_what_is_trained_is_printed_before_the_first_epoch(capsys):
     )
 
 
+@pytest.mark.parametrize("augmented_epochs", ["0", "-3"])
+def test_augmentation_that_is_never_used_is_not_named(capsys, augmented_epochs):
+    """In a run of fewer epochs than the last ones, which have the original images."""
+    Notebook({"EPOCHS - recipe.clean_epochs": augmented_epochs}).train()
+    assert "2 batches\nSGD" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("saved", "change", "named"),
     [
         pytest.param(SMOOTH_LOSS, {"smoothing=0.1": "smoothing=0.2"}, "loss: .*0.1.*, now .*0.2", id="loss"),
         pytest.param({}, {AUGMENTATION: ROTATION}, "augmentation: .*=10, .*now .*=20, ", id="augmentation"),
-        pytest.param({}, {"EPOCHS - recipe.clean_epochs": "2"}, "epoch 1, now .*epoch 2", id="its end"),
+        pytest.param({}, {"EPOCHS - recipe.clean_epochs": "2"}, "augmented epochs: 1, now 2", id="its end"),
         pytest.param({}, {MODEL: "model = create_model('Model1')"}, "network: Model4.*Model1", id="network"),
         pytest.param({}, {"BATCH_SIZE or": "10 or"}, "data: .* 2 batches, now .* 4 batches", id="batch size"),
         pytest.param({}, {"**recipe.sgd": "lr=0.05"}, "optimizer: .*lr=0.1,.* now .*lr=0.05", id="rate"),

@@ -3,6 +3,7 @@
 The pictures are those of the benchmark, drawn from stand-in digits.
 """
 
+import matplotlib.pyplot as plt
 import own_digits
 import pytest
 import torch
@@ -18,6 +19,18 @@ def draw_bar(width=200, height=240, box=(80, 20, 110, 220), mode="L", ink=255, p
     """Return a picture of one upright bar."""
     image = Image.new(mode, (width, height), paper)
     image.paste(ink, box)
+    return image
+
+
+def draw_grid():
+    """Return a picture of a grid of 4×4 cells."""
+    image = Image.new("L", (200, 240))
+    draw = ImageDraw.Draw(image)
+    for column in range(4):
+        for row in range(4):
+            left = 40 + 30 * column
+            top = 30 + 45 * row
+            draw.rectangle((left, top, left + 30, top + 45), outline=255, width=4)
     return image
 
 
@@ -98,7 +111,36 @@ def test_the_exif_rotation_is_applied(tmp_path):
     assert difference(tmp_path / "bar.png", draw_bar()) < 0.015
 
 
+def test_a_path_may_start_with_the_home_folder(tmp_path, monkeypatch):
+    draw_bar().save(tmp_path / "bar.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    assert difference("~/bar.png", draw_bar()) < 0.015
+
+
+def test_an_image_with_its_label_is_rejected(small):
+    with pytest.raises(ValueError, match="^give .*test_set.images"):
+        own_digit.predict(create_model("Model3"), small(1)[0])
+
+
 # ---- finding ----
+
+
+@pytest.mark.parametrize(("ink", "paper"), [(255, 0), (0, 255)])
+def test_strokes_may_fill_more_than_half_of_the_picture(ink, paper):
+    picture = Image.new("L", (120, 160), paper)
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((6, 6, 113, 153), outline=ink, width=40)
+    assert picture.histogram()[ink] > 0.55 * 120 * 160
+    assert own_digit.find_digit(picture).box == pytest.approx((6 / 160, 154 / 160, 6 / 120, 114 / 120))
+
+
+def test_a_part_may_be_joined_by_the_part_between():
+    picture = draw_bar(height=400)
+    picture.paste(255, (90, 250, 110, 270))  # 30 pixels below the bar, which reaches 40
+    picture.paste(255, (90, 315, 110, 335))  # 45 pixels below the first part; both reach 50
+    box = (20 / 400, 335 / 400, 80 / 200, 110 / 200)
+    assert own_digit.find_digit(picture).box == pytest.approx(box, abs=1 / 128)
 
 
 @pytest.mark.parametrize("title", own_digits.KINDS)
@@ -124,6 +166,7 @@ def test_digits_are_read_as_in_their_images_and_other_pictures_are_rejected(smal
         pytest.param(Image.new("RGBA", (50, 50), (0, 0, 0, 0)), id="transparent"),
         pytest.param(Image.linear_gradient("L"), id="gradient"),
         pytest.param(draw_bar(box=(20, 110, 180, 118)), id="line"),
+        pytest.param(draw_grid(), id="grid"),
         pytest.param(own_digits.to_picture(own_digits.blank_page(), torch.Generator()), id="noise"),
     ],
 )
@@ -212,3 +255,16 @@ def test_the_figure_shows_the_picture_the_digit_the_input_and_the_probabilities(
     frame = images[0].patches[0].get_bbox()
     assert frame.bounds == pytest.approx((80 / 200, 20 / 240, 30 / 200, 200 / 240))
     assert images[0].images[0].get_extent() == [0, 1, 1, 0]
+
+
+def test_the_figure_does_not_depend_on_the_settings_for_images(figures):
+    digit = own_digit.find_digit(draw_bar())
+    with plt.rc_context({"image.origin": "lower", "image.aspect": "auto", "image.interpolation": "bicubic"}):
+        own_digit.plot_prediction(digit, torch.arange(1, 11) / 55)
+    picture, ink, data, _ = figures[0].figure.axes
+    for axis in (picture, ink, data):
+        assert axis.images[0].origin == "upper"
+        assert axis.images[0].get_interpolation() == "nearest"
+    assert picture.get_aspect() == pytest.approx(240 / 200)
+    assert ink.get_aspect() == 1
+    assert data.get_aspect() == 1
