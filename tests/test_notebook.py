@@ -268,7 +268,7 @@ def text_of(notebook):
     for output in outputs_of(notebook):
         parts.append(output.get("text", ""))
         parts.append(output.get("data", {}).get("text/plain", ""))
-    return "".join(parts)
+    return "\n".join(parts)
 
 
 @pytest.fixture(scope="module")
