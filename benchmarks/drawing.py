@@ -1,6 +1,6 @@
 """Accuracy and prediction time of the drawing field, in a headless Chromium or Chrome, and its screenshot.
 
-    python benchmarks/drawing.py checkpoints/Model4-seed1.pt
+    python benchmarks/drawing.py runs/Model4-seed1.pt
 
 Test images are enlarged to the size of the field and become its ink. The page then does what it does while
 a user draws: it crops, scales and centers the drawing, runs the network and shows the prediction. The script

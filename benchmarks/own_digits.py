@@ -1,6 +1,6 @@
 """Measure how `predict` does on pictures of digits: MNIST test images drawn as pictures of several kinds.
 
-    python benchmarks/own_digits.py checkpoints/Model4-seed1.pt
+    python benchmarks/own_digits.py runs/Model4-seed1.pt
 
 The argument is the checkpoint of a full run. Writes own_digits.csv, one row per kind of picture, in percent:
 `rejected`, what `predict` refuses; `accuracy`, what is classified correctly, or rejected where there is no
