@@ -3,8 +3,7 @@
     digit = find_digit("seven.jpg")
     plot_prediction(digit, predict(model, digit))
 
-Brightness and ink are from 0 to 1. A picture that shows no digit, or several, raises ValueError with one line
-that says what to do.
+Brightness and ink are from 0 to 1. A picture of no digit, or of several, raises ValueError with the remedy.
 """
 
 from pathlib import Path
@@ -23,7 +22,7 @@ from utils import MEAN, SIDE, STD
 WORKING_SIZE = 256  # longest side, in pixels, of the picture in which the digit is looked for
 BACKGROUND_WINDOW = 0.4  # side of the closing's square as a share of the picture's longest side
 THRESHOLDS = (0.2, 0.3)  # of the ink, as shares of the darkest; the last is the crop's, as in draw.html
-MIN_CONTRAST = 0.1  # lowest energy of a digit: an outline of this contrast, as long as the longest side
+MIN_CONTRAST = 0.1  # lowest score of a digit: an outline of this contrast, as long as the longest side
 MAX_ASPECT = 2.5  # width over height of a digit
 MAX_HOLES = 5  # in a digit: an 8 has two, grainy strokes have some more, and a grid has one per cell
 NEGLIGIBLE = 0.04  # sizes and gaps below this share do not count
@@ -58,6 +57,10 @@ class Component(NamedTuple):
     @property
     def may_be_digit(self):
         return self.width < MAX_ASPECT * self.height
+
+    @property
+    def score(self):
+        return self.energy * (1 - self.border / (self.height + self.width))  # shadows lie along the border
 
 
 class Digit(NamedTuple):
@@ -204,8 +207,8 @@ def find_main(ink):
         frames += [component for component in found if is_frame(component, found)]
     components = [component for component in components if not has_box_of_any(component, frames)]
     candidates = [component for component in components if component.may_be_digit]
-    main = max(candidates, key=lambda component: component.energy, default=None)
-    if main is None or main.energy < MIN_CONTRAST**2 * max(ink.shape) or count_holes(main) > MAX_HOLES:
+    main = max(candidates, key=lambda component: component.score, default=None)
+    if main is None or main.score < MIN_CONTRAST**2 * max(ink.shape) or count_holes(main) > MAX_HOLES:
         raise ValueError("no digit found: give a picture of one digit that stands out from its background")
     return main, [component for component in components if component.threshold == main.threshold]
 
@@ -268,10 +271,9 @@ def select_parts(main, components):
 
 
 def find_digit(image):
-    """Return the `Digit` in a picture, which is what `read_picture` accepts.
+    """Return the `Digit` in a picture of any size, which is what `read_picture` accepts.
 
-    The picture may be of any size, dark on light or light on dark, evenly lit or not. Raise ValueError if it
-    shows no digit, or several side by side.
+    Raise ValueError if it shows no digit, or several side by side.
     """
     picture = read_picture(image)
     ink = extract_ink(resize(picture, min(max(picture.shape), WORKING_SIZE)))

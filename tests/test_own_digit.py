@@ -22,6 +22,12 @@ def draw_bar(width=200, height=240, box=(80, 20, 110, 220), mode="L", ink=255, p
     return image
 
 
+def draw_shadow():
+    """Return a picture of a blank page with a shadow that reaches its border."""
+    random = torch.Generator().manual_seed(4)
+    return own_digits.to_picture(own_digits.add_shadow(own_digits.blank_page(), random), random)
+
+
 def draw_grid():
     """Return a picture of a grid of 4×4 cells."""
     image = Image.new("L", (200, 240))
@@ -168,6 +174,7 @@ def test_digits_are_read_as_in_their_images_and_other_pictures_are_rejected(smal
         pytest.param(draw_bar(box=(20, 110, 180, 118)), id="line"),
         pytest.param(draw_grid(), id="grid"),
         pytest.param(own_digits.to_picture(own_digits.blank_page(), torch.Generator()), id="noise"),
+        pytest.param(draw_shadow(), id="shadow at the border"),
     ],
 )
 def test_a_picture_without_a_digit_is_rejected(picture):
