@@ -134,6 +134,6 @@ class Tiny(Network):
 def test_network_added_as_the_readme_says_works_in_the_notebook(monkeypatch):
     monkeypatch.setitem(MODELS, "Tiny", Tiny)
     monkeypatch.setitem(utils.RECIPES, "Tiny", utils.Recipe(dict(lr=0.1), StepLR, dict(step_size=1)))
-    utils.check_settings("Tiny", epochs=1, batch_size=None, seed=1, resume=False)
+    utils.check_settings("Tiny", epochs=1, batch_size=None, seed=1, resume=False, checkpoints="runs")
     output = create_model("Tiny")(torch.randn(4, 1, 28, 28))
     torch.testing.assert_close(output.exp().sum(dim=1), torch.ones(4))
