@@ -121,9 +121,12 @@ def check_order(model):
 
 
 def check(name, layer, **required):
-    """Raise ValueError unless options have the required values, as one number or as height and width."""
+    """Raise ValueError unless the options have the required values, as one number or as height and width.
+
+    A layer may lack some of the options.
+    """
     for option, value in required.items():
-        if getattr(layer, option) not in (value, (value, value)):
+        if getattr(layer, option, value) not in (value, (value, value)):
             raise ValueError(f"draw.html cannot compute the {option} of the layer {name}, {layer}")
 
 
@@ -135,7 +138,7 @@ def export_conv(name, layer):
     if bias is None:
         bias = layer.weight.new_zeros(layer.out_channels)
     return {
-        "kind": "conv",
+        "kind": "Conv2d",
         "kernel": kernel,
         "padding": padding,
         "groups": layer.groups,
@@ -150,7 +153,7 @@ def export_batch_norm(name, layer):
     scale = layer.weight / torch.sqrt(layer.running_var + layer.eps)
     shift = layer.bias - layer.running_mean * scale
     return {
-        "kind": "conv",
+        "kind": "Conv2d",
         "kernel": 1,
         "padding": 0,
         "groups": layer.num_features,
@@ -166,41 +169,30 @@ def encode(tensor):
 
 
 def export_relu(name, layer):
-    return {"kind": "relu"}
+    return {"kind": "ReLU"}
 
 
-def export_max_pool(name, layer):
-    size = pool_size(name, layer)
-    check(name, layer, dilation=1)
-    return {"kind": "maxpool", "size": size}
-
-
-def export_avg_pool(name, layer):
-    size = pool_size(name, layer)
-    check(name, layer, divisor_override=None)
-    return {"kind": "avgpool", "size": size}
-
-
-def pool_size(name, layer):
-    """Return the side of the squares that a pool combines; raise ValueError if they are not side by side."""
+def export_pool(name, layer):
+    """Return a pool that combines squares side by side."""
     size = layer.kernel_size
     if isinstance(size, tuple):
         size = size[0]
     check(name, layer, kernel_size=size, stride=size, padding=0, ceil_mode=False)
-    return size
+    check(name, layer, dilation=1, divisor_override=None)
+    return {"kind": type(layer).__name__, "size": size}
 
 
 def export_global_avg_pool(name, layer):
     check(name, layer, output_size=1)
-    return {"kind": "avgpool", "size": None}  # of the whole image
+    return {"kind": "AvgPool2d", "size": None}  # of the whole image
 
 
 EXPORTERS = {
     nn.Conv2d: export_conv,
     nn.BatchNorm2d: export_batch_norm,
     nn.ReLU: export_relu,
-    nn.MaxPool2d: export_max_pool,
-    nn.AvgPool2d: export_avg_pool,
+    nn.MaxPool2d: export_pool,
+    nn.AvgPool2d: export_pool,
     nn.AdaptiveAvgPool2d: export_global_avg_pool,
     nn.Dropout: None,
     nn.Identity: None,

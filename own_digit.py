@@ -78,16 +78,11 @@ class Digit(NamedTuple):
 def read_picture(image):
     """Return the brightness `(H, W)`, float32 from 0 to 1, of a picture.
 
-    `image` is a path, a file opened in binary mode or a PIL image of any color mode. The EXIF rotation is
-    applied. Transparent pixels become background that contrasts with the ink. Pillow raises an error if it
-    cannot read the file.
+    `image` is a path or a PIL image of any color mode. The EXIF rotation is applied. Transparent pixels
+    become background that contrasts with the ink. Pillow raises an error if it cannot read the file.
     """
-    if isinstance(image, (str, Path)):
+    if not isinstance(image, Image.Image):
         image = Image.open(Path(image).expanduser())
-    elif hasattr(image, "read"):
-        image = Image.open(image)
-    elif not isinstance(image, Image.Image):
-        raise ValueError("give a path, an open file, a PIL image, or pixels such as test_set.images[0]")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 or 32 bits per pixel, which Pillow would clip at 255
         image = image.convert("I")
