@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -458,9 +458,6 @@ class Recipe:
     batch_size: int = 128
     augmentation: partial | None = None  # a function of a batch
     clean_epochs: int = 0  # number of final epochs without augmentation
-
-    def __str__(self):
-        return "\n".join(f"{item.name}: {brief(getattr(self, item.name))}" for item in fields(self))
 
 
 PUBLISHED_SGD = dict(lr=0.01, momentum=0.9)

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import re
+import zipfile
 from copy import deepcopy
 from pathlib import Path
 from unittest import mock
@@ -384,8 +385,11 @@ class Malicious:
 def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the code would create its folder
     path = tmp_path / "run.pt"
-    torch.save(Malicious(), path)
-    assert_refused(path, "not a checkpoint")
+    with open(path, "wb") as file:
+        torch.save(Malicious(), file)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(runs.REPORT, "{}")  # the rest of a checkpoint
+    assert_refused(path, r"not a checkpoint .*\(UnpicklingError\)")
     assert list(tmp_path.iterdir()) == [path]
 
 
