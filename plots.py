@@ -262,22 +262,48 @@ def plot_schedules(schedules, title):
     figure, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
     labels = []
     for number, runs in enumerate(schedules):
-        color = f"C{number}"
         first, *_, last = runs[0].learning_rates
         label = f"from {first:g} to {last:.2g}"
         if first == last:
             label = f"constant {first:g}"
-        accuracies = np.array([run.test_acc for run in runs])
-        epochs = range(1, accuracies.shape[1] + 1)
-        axis.plot(epochs, accuracies.T, color=color, linewidth=0.6, alpha=0.6)
-        axis.plot(epochs, accuracies.mean(axis=0), color=color, linewidth=2.5, label=label)
-        labels.append(f"{label}: {accuracies[:, -1].mean():.2f} % in the last epoch")
+        plot_seeds(axis, runs, "test_acc", f"C{number}", label)
+        labels.append(f"{label}: {statistics.mean(run.test_acc[-1] for run in runs):.2f} % in the last epoch")
     axis.axhline(TARGET_ACCURACY, color="gray", linestyle="--", label=f"{TARGET_ACCURACY} %")
     axis.set(title=title, xlabel="epoch", ylabel="test accuracy (%)")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend(title="learning rate")
     show_figure(figure, "schedules", f"{title}, learning rate {', '.join(labels)}")
+
+
+def plot_seeds(axis, runs, field, color, label):
+    """Plot a field of `History` per epoch: thin lines for several runs, a thick one for their mean."""
+    values = np.array([getattr(run, field) for run in runs])
+    epochs = range(1, values.shape[1] + 1)
+    axis.plot(epochs, values.T, color=color, linewidth=0.6, alpha=0.6)
+    axis.plot(epochs, values.mean(axis=0), color=color, linewidth=2.5, label=label)
+
+
+def plot_cases(cases):
+    """Plot train and test accuracies per epoch side by side, for several networks with their recorded runs.
+
+    `cases` is a dictionary from title to the histories of the runs. The axis starts at 98 %.
+    """
+    figure, axes = plt.subplots(1, len(cases), figsize=(6.5, 3.4), layout="constrained", sharey=True)
+    gaps = []
+    for axis, (title, runs) in zip(axes, cases.items(), strict=True):
+        plot_seeds(axis, runs, "train_acc", TRAIN_COLOR, "train")
+        plot_seeds(axis, runs, "test_acc", TEST_COLOR, "test")
+        axis.axhline(TARGET_ACCURACY, color="gray", linestyle="--", label=f"{TARGET_ACCURACY} %")
+        test = [run.test_acc[-1] for run in runs]
+        gap = statistics.mean(run.train_acc[-1] for run in runs) - statistics.mean(test)
+        numbers = f"test {statistics.mean(test):.2f} ± {statistics.stdev(test):.2f}\ngap {gap:.2f}"
+        axis.set(title=f"{title}\n{numbers}", xlabel="epoch", ylim=(98, 100))
+        axis.grid(alpha=0.3)
+        gaps.append(f"{title}: {numbers}".replace("\n", ", "))
+    axes[0].set_ylabel("accuracy (%)")
+    axes[-1].legend(loc="lower right")
+    show_figure(figure, "cases", f"Train and test accuracy per epoch; in the last one, {'; '.join(gaps)}")
 
 
 def plot_history(history, title, augmented_epochs=None, recorded=()):

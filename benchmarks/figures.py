@@ -1,8 +1,8 @@
-"""Plot the recorded runs: the steps to 99.4 %, and the curves of every model.
+"""Plot the recorded runs: three networks with four recipes, and the curves of every model.
 
     S7_FIGURES=images python benchmarks/figures.py
 
-Writes steps.png and Model1.png to Model5.png into the folder `S7_FIGURES`.
+Writes recipes.png and Model1.png to Model5.png into the folder `S7_FIGURES`.
 """
 
 import statistics
@@ -19,30 +19,36 @@ from runs import recorded_runs
 
 WIDTH = 6.5  # inches, as in the notebook; the text stays legible on a phone
 CONSTANT_COLOR = "#CC79A7"
+SEPARABLE_COLOR = "#009E73"
 TARGET_LINE = {"color": "gray", "linestyle": "--", "linewidth": 1, "label": f"{plots.TARGET_ACCURACY} %"}
 CHANGE_LINE = {"color": "gray", "linestyle": ":"}
 
 plt.rcParams["font.size"] = 11
 
 
-def plot_steps(runs):
-    """Plot the mean of the last epochs of every seed, a row per step from Model1 to Model4, and the mean."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 4.4), layout="constrained")
-    for row, key in enumerate(tables.STEPS.values()):
-        values = list(map(plots.mean_of_last_epochs, runs[key].values()))
-        mean = statistics.mean(values)
-        axis.scatter(values, [row] * len(values), color=plots.TEST_COLOR, alpha=0.5, s=36)
-        axis.plot(mean, row, color=plots.TRAIN_COLOR, marker="|", markersize=18, markeredgewidth=2.5)
-        axis.annotate(
-            f"{mean:.2f}", (mean, row), (0, 11), textcoords="offset points", ha="center", fontsize=10
-        )
-    axis.axvline(plots.TARGET_ACCURACY, color="gray", linestyle="--")
-    labels = [textwrap.fill(change, 20) for change in tables.STEPS]
-    axis.set_yticks(range(len(labels)), labels)
-    axis.set_ylim(len(labels) - 0.5, -0.7)  # from top to bottom
-    axis.set_xlabel(f"test accuracy (%), mean of the last {plots.LAST_EPOCHS} epochs")
+def plot_crossing(runs):
+    """Plot the mean of the last epochs for each recipe: a line per network, and a dot per seed."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.8), layout="constrained")
+    positions = range(len(tables.CROSSING))
+    styles = [
+        ("Model2's network", plots.TRAIN_COLOR, "s"),
+        ("Model4's network", plots.TEST_COLOR, "o"),
+        ("separable network", SEPARABLE_COLOR, "^"),
+    ]
+    for network, (label, color, marker) in enumerate(styles):
+        means = []
+        for position, keys in enumerate(tables.CROSSING.values()):
+            values = list(map(plots.mean_of_last_epochs, runs[keys[network]].values()))
+            x = position - 0.1 + 0.1 * network  # side by side
+            axis.scatter([x] * len(values), values, color=color, marker=marker, alpha=0.45, s=30, linewidth=0)
+            means.append(statistics.mean(values))
+        axis.plot(positions, means, color=color, marker=marker, markersize=8, linewidth=2.4, label=label)
+    axis.axhline(plots.TARGET_ACCURACY, **TARGET_LINE)
+    axis.set_xticks(positions, [textwrap.fill(recipe, 15) for recipe in tables.CROSSING])
+    axis.set(xlabel="recipe", ylabel=f"test accuracy (%), mean of the last {plots.LAST_EPOCHS} epochs")
     axis.grid(alpha=0.3)
-    plots.show_figure(figure, "steps", "Test accuracy of each step from Model1 to Model4, a dot per seed")
+    axis.legend(loc="lower right")
+    plots.show_figure(figure, "recipes", "Test accuracy of three networks with four recipes, a dot per seed")
 
 
 def plot_curves(name, runs):
@@ -59,19 +65,25 @@ def plot_curves(name, runs):
         panels, 1, figsize=(WIDTH, 3.4 * panels), layout="constrained", squeeze=False, sharex=True
     )
     axes = axes[:, 0]
-    plot_seeds(axes[0], described, "train_acc", plots.TRAIN_COLOR, "train")
-    plot_seeds(axes[0], described, "test_acc", plots.TEST_COLOR, "test")
+    plots.plot_seeds(axes[0], described, "train_acc", plots.TRAIN_COLOR, "train")
+    plots.plot_seeds(axes[0], described, "test_acc", plots.TEST_COLOR, "test")
     axes[0].axhline(plots.TARGET_ACCURACY, **TARGET_LINE)
     axes[0].set(title=name, ylabel="accuracy (%)", ylim=(98, 100))  # early epochs may be cut off
     if name == "Model1":
         axes[0].set_ylim(86, 100)
     if name == "Model3":
-        plot_seeds(axes[1], described, "test_losses", plots.TEST_COLOR, "test loss")
+        plots.plot_seeds(axes[1], described, "test_losses", plots.TEST_COLOR, "test loss")
         mark_best_losses(axes[1], described)
         axes[1].set(title="What ReduceLROnPlateau watches", ylabel="test loss", ylim=(0.025, 0.065))
     elif panels == 2:
-        plot_seeds(axes[1], runs[name, "constant"].values(), "test_acc", CONSTANT_COLOR, "constant rate")
-        plot_seeds(axes[1], described, "test_acc", plots.TEST_COLOR, "as described")
+        plots.plot_seeds(
+            axes[1],
+            runs[name, "constant"].values(),
+            "test_acc",
+            CONSTANT_COLOR,
+            "constant rate",
+        )
+        plots.plot_seeds(axes[1], described, "test_acc", plots.TEST_COLOR, "as described")
         axes[1].axhline(plots.TARGET_ACCURACY, **TARGET_LINE)
         axes[1].set(title="The schedules", ylabel="test accuracy (%)", ylim=(98, 99.5))
     for axis in axes:
@@ -83,19 +95,9 @@ def plot_curves(name, runs):
             axis.axvline(common.EPOCHS - recipe.clean_epochs + 0.5, label="augmentation ends", **CHANGE_LINE)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize=10)
+        axis.legend(fontsize=10, title="thick: mean of five seeds", title_fontsize=10)
     axes[-1].set_xlabel("epoch")
     plots.show_figure(figure, name, f"Accuracy of {name} per epoch, for each seed")
-
-
-def plot_seeds(axis, histories, field, color, label):
-    """Plot a field of `runs.History`: one thin line per seed, and a thick one for their mean."""
-    lines = [getattr(history, field) for history in histories]
-    epochs = range(1, common.EPOCHS + 1)
-    for values in lines:
-        axis.plot(epochs, values, color=color, linewidth=0.7, alpha=0.6)
-    means = list(map(statistics.mean, zip(*lines, strict=True)))
-    axis.plot(epochs, means, color=color, linewidth=2.4, label=f"{label}, mean of {len(lines)} seeds")
 
 
 def mark_best_losses(axis, histories):
@@ -116,7 +118,7 @@ def mark_best_losses(axis, histories):
 
 def main():
     runs = recorded_runs()
-    plot_steps(runs)
+    plot_crossing(runs)
     for name in MODELS:
         plot_curves(name, runs)
 

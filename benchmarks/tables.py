@@ -39,7 +39,21 @@ PUBLISHED = {  # the best train and test accuracy of the published runs, and the
     "Model2": (99.50, 99.11, "11"),
     "Model3": (99.50, 99.28, "12, 14"),
 }
-STEPS = {  # from Model1 to Model4, one change at a time: the model and the schedule in accuracy.csv
+CROSSING = {  # four recipes, from Model2's to Model4's: the runs of three networks, as model and schedule
+    "Model2's": [("Model2", "described"), ("Model4", "model2"), ("Model4 separable", "model2")],
+    "Model4's optimizer and scheduler": [
+        ("Model2", "rate"),
+        ("Model4", "rate"),
+        ("Model4 separable", "rate"),
+    ],
+    "and augmentation": [("Model2", "augment"), ("Model4", "augment"), ("Model4 separable", "augment")],
+    "and original images at the end": [
+        ("Model2", "clean_epochs"),
+        ("Model4", "described"),
+        ("Model4 separable", "described"),
+    ],
+}
+STEPS = {  # from Model1 to Model4, one part at a time
     "Model1": ("Model1", "described"),
     "Model1 without dropout": ("Model1", "no_dropout"),
     "Model2's network": ("Model2", "described"),
@@ -48,13 +62,27 @@ STEPS = {  # from Model1 to Model4, one change at a time: the model and the sche
     "no augmentation in the last epochs": ("Model2", "clean_epochs"),
     "Model4's network": ("Model4", "described"),
 }
+OPTIMIZER = {  # Model4 without augmentation, and with parts of optimizer and scheduler changed
+    "Model4's optimizer and scheduler": ("Model4", "rate"),
+    "no Nesterov momentum, no weight decay": ("Model4", "plain_sgd"),
+    "Model2's StepLR, from 0.1": ("Model4", "two_drops"),
+    "constant rate, 0.1": ("Model4", "constant"),
+    "constant rate, 0.01": ("Model4", "low_constant"),
+    "Model2's optimizer and scheduler": ("Model4", "model2"),
+}
+NETWORK = {  # Model2's network with Model4's recipe, and with one part of Model4's network
+    "Model2's network": ("Model2", "clean_epochs"),
+    "ReLU and BatchNorm in convblock3": ("Model2 with ReLU and BatchNorm in convblock3", "clean_epochs"),
+    "average and 1×1 instead of 2×2": ("Model2 with an average", "clean_epochs"),
+    "BatchNorm before ReLU": ("Model2 with BatchNorm before ReLU", "clean_epochs"),
+    "growing widths": ("Model2 with growing widths", "clean_epochs"),
+    "Model4's network": ("Model4", "described"),
+}
 WITHOUT = {  # Model4, and Model4 with one thing changed
     "Model4": ("Model4", "described"),
-    "no augmentation": ("Model4", "no_augmentation"),
+    "no augmentation": ("Model4", "rate"),
     "augmentation until the end": ("Model4", "augment"),
-    "constant learning rate, 0.1": ("Model4", "constant"),
-    "AdamW, learning rate 0.01": ("Model4", "adamw"),
-    "Model2's network": ("Model2", "clean_epochs"),
+    "AdamW, initial rate 0.01": ("Model4", "adamw"),
 }
 
 # ---- cells ----
@@ -157,18 +185,50 @@ def seeds_table(name, runs):
     return markdown_table(["seed", "train, last", MEAN, "min", "from"], rows)
 
 
-def steps_table(titles, steps, runs, baseline=None):
-    """Return the results of each step, and its gain over `baseline`, by default over the step before."""
+def crossing_table(runs):
+    """Return the mean of the last epochs of three networks per recipe, and the differences from the first."""
+    rows = []
+    for recipe, keys in CROSSING.items():
+        cells = [recipe]
+        for key in keys:
+            means = list(map(plots.mean_of_last_epochs, runs[key].values()))
+            cells.append(mean_and_deviation(means))
+            if key != keys[0]:
+                differences = paired_differences(plots.mean_of_last_epochs, runs[key], runs[keys[0]])
+                cells.append(gain_cell(differences))
+        rows.append(cells)
+    return markdown_table(["recipe", "Model2", "Model4", "difference", "separable", "difference"], rows)
+
+
+def steps_table(steps, runs):
+    """Return the results of each step, and its gain over the step before."""
     rows = []
     before = {}
-    for change, key in steps.items():
-        histories = runs[key]
-        mean, lowest, _ = result_cells(histories.values())
-        differences = paired_differences(plots.mean_of_last_epochs, histories, before)
-        rows.append([change, mean, lowest, gain_cell(differences)])
-        before = runs.get(baseline, histories)
-    first, last = titles
-    return markdown_table([first, MEAN, "min", last], rows)
+    for step, key in steps.items():
+        mean, lowest, _ = result_cells(runs[key].values())
+        differences = paired_differences(plots.mean_of_last_epochs, runs[key], before)
+        rows.append([step, mean, lowest, gain_cell(differences)])
+        before = runs[key]
+    return markdown_table(["step", MEAN, "min", "gain"], rows)
+
+
+def changes_table(changes, runs):
+    """Return the results of each change that was recorded, and its difference from the first row.
+
+    *met* is the number of runs that meet the target.
+    """
+    rows = []
+    first = {}
+    for change, key in changes.items():
+        if key not in runs:
+            continue
+        histories = runs[key].values()
+        mean, lowest, _ = result_cells(histories)
+        differences = paired_differences(plots.mean_of_last_epochs, runs[key], first)
+        met = sum(plots.lowest_of_last_epochs(history) >= plots.TARGET_ACCURACY for history in histories)
+        rows.append([change, mean, lowest, f"{met} of {len(histories)}", gain_cell(differences)])
+        first = first or runs[key]
+    return markdown_table(["instead", MEAN, "min", "met", "difference"], rows)
 
 
 # ---- other tables ----
@@ -293,8 +353,11 @@ def create_tables():
     runs = recorded_runs()
     tables = {
         "overview": overview_table(runs),
-        "steps": steps_table(("step", "gain"), STEPS, runs),
-        "without": steps_table(("instead", "difference"), WITHOUT, runs, baseline=WITHOUT["Model4"]),
+        "crossing": crossing_table(runs),
+        "steps": steps_table(STEPS, runs),
+        "without": changes_table(WITHOUT, runs),
+        "optimizer": changes_table(OPTIMIZER, runs),
+        "network": changes_table(NETWORK, runs),
         "search": search_table(common.read_rows(FOLDER / "search.csv")),
         "dropout ablation": dropout_table(common.read_rows(FOLDER / "dropout_ablation.csv")),
         "own digits": columns_table(common.read_rows(FOLDER / "own_digits.csv")),

@@ -54,6 +54,31 @@ def test_interrupted_run_is_resumed_and_recorded_once(small, tmp_path, monkeypat
     assert recorded[2:] == [("described", "1", "0.1"), ("described", "2", "0.075")]
 
 
+@pytest.mark.parametrize(
+    ("part", "parameters", "layers"),
+    [
+        ("Model2's network", 7524, "crb crb c m crb crb crb crb crb c"),
+        ("ReLU and BatchNorm in convblock3", 7524 + 2 * 10, "crb crb crb m crb crb crb crb crb c"),
+        ("average and 1×1 instead of 2×2", 7524 - 3 * 10 * 10, "crb crb c m crb crb crb crb crb a c"),
+        ("BatchNorm before ReLU", 7524, "cbr cbr c m cbr cbr cbr cbr cbr c"),
+        (
+            "growing widths",
+            88 + 592 + 740 + 1104 + 1320 + 1540 + 1792 + 560,
+            "crb crb m crb crb crb crb crb c",
+        ),
+        ("Model4's network", 88 + 592 + 888 + 1540 + 2048 + 2336 + 160, "cbr cbr m cbr cbr cbr cbr a c"),
+    ],
+)
+def test_networks_between_model2_and_model4_differ_in_one_part(part, parameters, layers):
+    """Layers are given by the first letters of their classes."""
+    create, _ = accuracy.EXPERIMENTS[tables.NETWORK[part]]
+    model = create()
+    assert common.count_parameters(model) == parameters
+    leaves = [module for module in model.modules() if not list(module.children())]
+    kinds = "".join(type(leaf).__name__[0] for leaf in leaves).lower()
+    assert kinds == layers.replace(" ", "")
+
+
 def test_runs_of_the_search_are_recorded_under_their_configurations():
     configured = []
     for configuration in search.CONFIGURATIONS:
@@ -74,7 +99,7 @@ def test_results_are_hand_computed_values():
 def test_gains_are_paired_by_seed():
     """Of differences of 0.54 and 0.26 the mean is 0.40, and the standard error half of 0.28."""
     recorded = {"a": histories(SEED_1, SEED_2), "b": histories(ABOVE_FROM_2, ABOVE_FROM_3, SEED_1)}
-    table = tables.steps_table(("step", "gain"), {"first": "a", "second": "b"}, recorded)
+    table = tables.steps_table({"first": "a", "second": "b"}, recorded)
     _, _, first, second = table.splitlines()
     assert first == "| first | 99.13 ± 0.16 | 98.80 |  |"
     assert second.endswith("| 98.80 | +0.40 ± 0.14 |")

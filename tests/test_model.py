@@ -60,6 +60,15 @@ def reference_model2():
     return nn.Sequential(layers)
 
 
+def reference_plain(*widths):
+    """Return a network of 3×3 convolutions with these output channels, with a pool after the second block."""
+    layers = []
+    for inputs, outputs in itertools.pairwise([1, *widths]):
+        layers += [nn.Conv2d(inputs, outputs, 3, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    layers.insert(6, nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Conv2d(widths[-1], 10, 1, bias=False))
+
+
 def reference_separable(*widths):
     """Return a depthwise-separable network of these output channels, with a pool after the second block."""
     layers = [nn.Conv2d(1, widths[0], 3, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
@@ -82,7 +91,7 @@ def reference_separable(*widths):
         pytest.param(Model1(dropout=0), reference_model1(dropout=0), id="Model1 without dropout"),
         pytest.param(create_model("Model2"), reference_model2(), id="Model2"),
         pytest.param(create_model("Model3"), reference_model2(), id="Model3"),
-        pytest.param(create_model("Model4"), reference_separable(16, 16, 32, 32, 32, 32, 40), id="Model4"),
+        pytest.param(create_model("Model4"), reference_plain(8, 8, 12, 14, 16, 16), id="Model4"),
         pytest.param(create_model("Model5"), reference_separable(16, 16, 24, 24, 24, 28), id="Model5"),
     ],
 )
@@ -110,7 +119,7 @@ def test_model_has_the_outputs_and_gradients_of_its_reference(model, reference):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_separable_networks_compute_in_channels_last(name):
+def test_separable_network_computes_in_channels_last(name):
     """What the pool gets has several channels and rows, so its strides are those of one format only."""
     strides = []
     model = create_model(name)
@@ -118,7 +127,7 @@ def test_separable_networks_compute_in_channels_last(name):
         if isinstance(layer, nn.MaxPool2d):
             layer.register_forward_pre_hook(lambda module, inputs: strides.append(inputs[0].stride(1)))
     model(torch.zeros(2, 1, 28, 28))
-    assert (strides[0] == 1) == (name in ("Model4", "Model5"))
+    assert (strides[0] == 1) == (name == "Model5")
 
 
 class Tiny(Network):

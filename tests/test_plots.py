@@ -58,8 +58,7 @@ def test_summary_measures_what_forward_does_and_counts_each_parameter_once():
     [
         ("Model1", [3, 5, 5, 6, 10, 14, 16, 24, 28, 28]),  # 40 at the end, but the image has 28 rows
         ("Model2", [3, 5, 5, 6, 10, 14, 18, 22, 26, 28]),
-        ("Model4", [3, 5, 6, 10, 14, 18, 22, 26, 28, 28]),
-        ("Model5", [3, 5, 6, 10, 14, 18, 22, 28, 28]),
+        ("Model4", [3, 5, 6, 10, 14, 18, 22, 28, 28]),
     ],
 )
 def test_receptive_fields_of_the_models(name, fields):
@@ -220,6 +219,18 @@ def test_schedules_are_plotted_with_their_runs_and_means(figures):
     assert "from 0.1 to 0.01: 99.50 % in the last epoch" in figures[0].alt
 
 
+def test_cases_are_titled_with_the_gap_and_the_spread_of_the_last_epoch(figures):
+    """The deviation of 99.0 and 99.2 is 0.1·√2, and the gap 99.5 − 99.1."""
+    first = runs.History(train_acc=[99.0, 99.4], test_acc=[98.5, 99.0])
+    second = runs.History(train_acc=[99.0, 99.6], test_acc=[98.7, 99.2])
+    plots.plot_cases({"one": [first, second], "other": [second, first]})
+    axis = figures[0].figure.axes[0]
+    accuracies = [list(line.get_ydata()) for line in axis.lines[3:6]]
+    assert accuracies == [[98.5, 99.0], [98.7, 99.2], pytest.approx([98.6, 99.1])]
+    assert axis.get_title() == "one\ntest 99.10 ± 0.14\ngap 0.40"
+    assert "one: test 99.10 ± 0.14, gap 0.40; other" in figures[0].alt
+
+
 # ---- history ----
 
 
@@ -239,8 +250,9 @@ def history_of(test_acc):
 @pytest.mark.parametrize("style", ["default", "dark_background"])
 def test_history_is_plotted_per_epoch(figures, style):
     history = history_of([85.0, 96.5, 96.0])
+    recorded = [history_of([97.0] * 15), history_of([98.0] * 15)]
     with plt.style.context(style):
-        plots.plot_history(history, "Model3 on MNIST", augmented_epochs=2)
+        plots.plot_history(history, "Model3 on MNIST", augmented_epochs=2, recorded=recorded)
     losses, accuracies, rates = figures[0].figure.axes
     for axis, train_values, test_values in (
         (losses, history.train_losses, history.test_losses),
@@ -256,6 +268,8 @@ def test_history_is_plotted_per_epoch(figures, style):
         assert legend[-1] == "augmentation ends"
     assert list(rates.lines[0].get_ydata()) == history.learning_rates
     assert set(accuracies.lines[2].get_ydata()) == {99.4}
+    assert [list(line.get_ydata()) for line in accuracies.lines[3:5]] == [[97.0] * 3, [98.0] * 3]
+    assert legend[3:-1] == ["test, 2 recorded runs"]
     for axis in (losses, accuracies, rates):
         assert list(axis.lines[0].get_xdata()) == [1, 2, 3]
         assert set(axis.lines[-1].get_xdata()) == {2.5}
@@ -266,15 +280,6 @@ def test_history_is_plotted_per_epoch(figures, style):
     assert rates.get_ylim()[0] == 0
     assert "test 96.00 %" in figures[0].alt
     assert "\n" not in figures[0].alt
-
-
-def test_recorded_runs_are_thin_lines_behind_the_own_run(figures):
-    recorded = [history_of([97.0] * 15), history_of([98.0] * 15)]
-    plots.plot_history(history_of([85.0, 96.5, 96.0]), "Model3 on MNIST", recorded=recorded)
-    _, accuracies, _ = figures[0].figure.axes
-    assert [list(line.get_ydata()) for line in accuracies.lines[3:]] == [[97.0] * 3, [98.0] * 3]
-    labels = [text.get_text() for text in accuracies.get_legend().get_texts()]
-    assert labels[3:] == ["test, 2 recorded runs"]
 
 
 @pytest.mark.parametrize("augmented_epochs", [None, -3, 0, 2])
