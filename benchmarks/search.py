@@ -119,7 +119,8 @@ CONFIGURATIONS = [
     Configuration([8, 8], [13, 13, 13, 13, 13], SIX, block="conv-relu-bn"),
     Configuration([16, 10], [13, 13, 14, 14], SIX, block="conv-bn-relu"),
     Configuration([12, 12], [13, 13, 13, 13], SIX, block="conv-bn-relu"),
-    Configuration([10, 10], [14, 14, 14, 14], {**SIX, "sgd": {**BASE.sgd, "lr": 0.05}}, block="conv-bn-relu"),
+    # half the learning rate, with the chosen network
+    Configuration([8, 8], [12, 14, 16, 16], {**SIX, "sgd": {**BASE.sgd, "lr": 0.05}}, block="conv-bn-relu"),
     # and with at most 4,312 parameters
     Configuration([8, 8], [10, 10, 10, 10], SIX, block="conv-bn-relu"),
     Configuration([7, 8], [10, 10, 10, 11], SIX, block="conv-bn-relu"),
