@@ -16,7 +16,6 @@ import common
 import torch
 from search import SEPARABLE, Candidate
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import utils
@@ -66,8 +65,8 @@ def create_with_early_norm():
     model = Model2()
     for block in model.children():
         if isinstance(block, nn.Sequential) and len(block) == 3:
-            convolution, relu, norm = block
-            block[1] = norm
+            relu = block[1]
+            block[1] = block[2]
             block[2] = relu
     return model
 
@@ -111,10 +110,7 @@ EXPERIMENTS = {  # from (model, schedule), as in accuracy.csv, to what creates t
     ("Model2 with an average", "clean_epochs"): (create_with_average, RECIPE),
     ("Model2 with BatchNorm before ReLU", "clean_epochs"): (create_with_early_norm, RECIPE),
     ("Model2 with growing widths", "clean_epochs"): (GrowingWidths, RECIPE),
-    # other changes of Model4
     ("Model4", "adamw"): (Model4, RECIPE),  # with another optimizer
-    ("Model4", "average"): (Model4, RECIPE),  # tested with an average of the weights
-    ("Model5", "average"): (MODELS["Model5"], RECIPES["Model5"]),
 }
 for model_name in MODELS:
     EXPERIMENTS[model_name, "described"] = (MODELS[model_name], RECIPES[model_name])
@@ -130,12 +126,8 @@ def train_and_describe(name, schedule, seed, data):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     else:
         optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
-    tested = model
-    if schedule == "average":
-        tested = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
-        optimizer.register_step_post_hook(lambda *args: tested.update_parameters(model))
     checkpoint = f"accuracy-{name}-{schedule}-{seed}"
-    history = common.train_model(checkpoint, model, optimizer, recipe, data, seed, tested)
+    history = common.train_model(checkpoint, model, optimizer, recipe, data, seed)
     rows = []
     for index in range(common.EPOCHS):
         row = {"model": name, "schedule": schedule, "seed": seed, "epoch": index + 1}

@@ -37,16 +37,13 @@ def checkpoint_path(name):
     return Path(os.environ.get("S7_CHECKPOINTS") or "runs") / f"{name}.pt"
 
 
-def train_model(name, model, optimizer, recipe, data, seed, tested=None):
+def train_model(name, model, optimizer, recipe, data, seed):
     """Train as the notebook does; return the `History`.
 
     The recipe gives the scheduler, the batch size and the augmentation, and `data` is the training and the
-    test set. `tested` is evaluated in place of the model, such as an average of its weights. An interrupted
-    run is resumed from the checkpoint `name`; raise ValueError if that is the checkpoint of a different run,
-    or if `tested` has a state of its own, which is not saved.
+    test set. An interrupted run is resumed from the checkpoint `name`. Raise ValueError if that is the
+    checkpoint of a different run.
     """
-    if tested is None:
-        tested = model
     device = next(model.parameters()).device
     train_set, test_set = data
     train_loader = utils.BatchLoader(
@@ -72,7 +69,7 @@ def train_model(name, model, optimizer, recipe, data, seed, tested=None):
         if epoch > augmented_epochs:
             loader = utils.without_augmentation(train_loader)
         train_loss, train_acc = utils.train(model, device, loader, optimizer, F.nll_loss)
-        test_loss, test_acc = utils.test(tested, device, test_loader, F.nll_loss)
+        test_loss, test_acc = utils.test(model, device, test_loader, F.nll_loss)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(test_loss)
         else:

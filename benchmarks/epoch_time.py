@@ -6,9 +6,9 @@
 
 README.md in this folder describes the variants. Each is first run once on a tenth of the data, so that
 one-time costs are not included. A round measures the variants of a model one after another, in random
-order, and adds a row for each to the file; rounds of several calls are evaluated together, so remove the
-rows of another machine first. Nothing else should run on the machine. The environment variables
-OMP_NUM_THREADS and GOMP_SPINCOUNT (see common.py) can be set to compare their values.
+order, and adds a row for each to the file; rounds of several calls with one processor are evaluated
+together. Nothing else should run on the machine. The environment variables OMP_NUM_THREADS and
+GOMP_SPINCOUNT (see common.py) can be set to compare their values.
 """
 
 import argparse

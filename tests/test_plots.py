@@ -67,6 +67,16 @@ def test_receptive_fields_of_the_models(name, fields):
     assert plots.measure_fields(model, blocks) == list(zip(blocks, fields, strict=True))
 
 
+def texts_of(items):
+    """Return the texts of labels of a figure."""
+    return [item.get_text() for item in items]
+
+
+def values_of(lines):
+    """Return the values of lines of a figure."""
+    return [list(line.get_ydata()) for line in lines]
+
+
 def test_field_that_cannot_be_measured_is_left_empty():
     class Constant(nn.Module):
         def forward(self, x):
@@ -109,7 +119,7 @@ def test_architecture_is_drawn_by_size_and_channels_with_the_numbers_of_each_blo
     assert [slab.get_height() for slab in axis.patches] == [28, 24, 12, 1]
     widths = [slab.get_width() for slab in axis.patches]
     assert widths == pytest.approx([1 / 6, 4 / 6, 4 / 6, 1])  # of 1, 4, 4 and 6 channels
-    texts = [text.get_text() for text in axis.texts]
+    texts = texts_of(axis.texts)
     assert texts[8:] == [
         *["frozen", "4×24×24", "5", "36"],
         *["reused", "4×12×12", "14", "144"],
@@ -193,7 +203,7 @@ def test_convolution_is_shown_with_its_output_and_the_pixels_it_depends_on(figur
     axes = figures[0].figure.axes
     assert [axis.get_title() for axis in axes] == ["image 28×28", "kernel 2×2", "feature map 27×27"]
     assert torch.equal(torch.tensor(axes[2].images[0].get_array()), feature_map)
-    assert [text.get_text() for text in axes[1].texts] == ["-1", "0.5", "0", "1"]
+    assert texts_of(axes[1].texts) == ["-1", "0.5", "0", "1"]
     assert axes[0].patches[0].get_bbox().bounds == (6.5, 3.5, 2, 2)  # columns 7 and 8, rows 4 and 5
     assert axes[2].patches[0].get_bbox().bounds == (6.5, 3.5, 1, 1)
 
@@ -212,9 +222,9 @@ def test_schedules_are_plotted_with_their_runs_and_means(figures):
     decaying = [history_of([97.0, 99.4]), history_of([98.0, 99.6])]
     plots.plot_schedules([decaying, [constant]], "title")
     axis = figures[0].figure.axes[0]
-    accuracies = [list(line.get_ydata()) for line in axis.lines[:5]]
+    accuracies = values_of(axis.lines[:5])
     assert accuracies == [[97.0, 99.4], [98.0, 99.6], [97.5, 99.5], [98.0, 99.0], [98.0, 99.0]]
-    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    labels = texts_of(axis.get_legend().get_texts())
     assert labels == ["from 0.1 to 0.01", "constant 0.1", "99.4 %"]
     assert "from 0.1 to 0.01: 99.50 % in the last epoch" in figures[0].alt
 
@@ -225,7 +235,7 @@ def test_cases_are_titled_with_the_gap_and_the_spread_of_the_last_epoch(figures)
     second = runs.History(train_acc=[99.0, 99.6], test_acc=[98.7, 99.2])
     plots.plot_cases({"one": [first, second], "other": [second, first]})
     axis = figures[0].figure.axes[0]
-    accuracies = [list(line.get_ydata()) for line in axis.lines[3:6]]
+    accuracies = values_of(axis.lines[3:6])
     assert accuracies == [[98.5, 99.0], [98.7, 99.2], pytest.approx([98.6, 99.1])]
     assert axis.get_title() == "one\ntest 99.10 ± 0.14\ngap 0.40"
     assert "one: test 99.10 ± 0.14, gap 0.40; other" in figures[0].alt
@@ -263,12 +273,12 @@ def test_history_is_plotted_per_epoch(figures, style):
         assert list(test.get_ydata()) == test_values
         assert train.get_color() != test.get_color()
         assert train.get_linestyle() != test.get_linestyle()
-        legend = [text.get_text() for text in axis.get_legend().get_texts()]
+        legend = texts_of(axis.get_legend().get_texts())
         assert legend[:2] == ["train", "test"]
         assert legend[-1] == "augmentation ends"
     assert list(rates.lines[0].get_ydata()) == history.learning_rates
     assert set(accuracies.lines[2].get_ydata()) == {99.4}
-    assert [list(line.get_ydata()) for line in accuracies.lines[3:5]] == [[97.0] * 3, [98.0] * 3]
+    assert values_of(accuracies.lines[3:5]) == [[97.0] * 3, [98.0] * 3]
     assert legend[3:-1] == ["test, 2 recorded runs"]
     for axis in (losses, accuracies, rates):
         assert list(axis.lines[0].get_xdata()) == [1, 2, 3]
@@ -354,7 +364,7 @@ def test_runs_are_compared_with_the_range_of_the_recorded_ones():
 def test_runs_are_plotted_beside_the_recorded_ones(figures):
     plots.plot_runs(SAVED)
     axis = figures[0].figure.axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["a.pt", "b.pt", "c.pt", "d.pt"]
+    assert texts_of(axis.get_yticklabels()) == ["a.pt", "b.pt", "c.pt", "d.pt"]
     means = [line.get_xdata()[0] for line in axis.lines[:4]]
     assert means == pytest.approx([99.42, 99.0, 99.3, 99.5])
     assert axis.collections[1].get_offsets().tolist() == [[99.2, 1], [99.4, 1]]
@@ -414,7 +424,7 @@ def test_confusion_matrix_is_plotted_with_counts_and_accuracies(found, figures):
     colored = axis.images[0].get_array()
     assert colored[9, 4] == 2
     assert colored[0, 0] == 0  # correct predictions are not colored
-    labels = [label.get_text() for label in axis.get_yticklabels()]
+    labels = texts_of(axis.get_yticklabels())
     assert labels[:4] == ["0  (100.0 %)", "1  (0.0 %)", "2  (50.0 %)", "3  (0.0 %)"]
     assert axis.get_xlabel() == "predicted digit"
     assert "4 misclassified images" in figures[0].alt
