@@ -16,10 +16,11 @@ import common
 import torch
 from search import SEPARABLE, Candidate
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import utils
-from model import MODELS, Model1, Model2, Model4, Network, conv, conv_block
+from model import MODELS, Model1, Model2, Model4, Model5, Network, conv, conv_block
 from runs import RECORDED, ROOT, describe_machine
 from utils import RECIPES
 
@@ -111,6 +112,9 @@ EXPERIMENTS = {  # from (model, schedule), as in accuracy.csv, to what creates t
     ("Model2 with BatchNorm before ReLU", "clean_epochs"): (create_with_early_norm, RECIPE),
     ("Model2 with growing widths", "clean_epochs"): (GrowingWidths, RECIPE),
     ("Model4", "adamw"): (Model4, RECIPE),  # with another optimizer
+    # tested with an average of the weights
+    ("Model4", "average"): (Model4, RECIPE),
+    ("Model5", "average"): (Model5, RECIPES["Model5"]),
 }
 for model_name in MODELS:
     EXPERIMENTS[model_name, "described"] = (MODELS[model_name], RECIPES[model_name])
@@ -126,8 +130,12 @@ def train_and_describe(name, schedule, seed, data):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     else:
         optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
+    tested = model
+    if schedule == "average":
+        tested = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
+        optimizer.register_step_post_hook(lambda *args: tested.update_parameters(model))
     checkpoint = f"accuracy-{name}-{schedule}-{seed}"
-    history = common.train_model(checkpoint, model, optimizer, recipe, data, seed)
+    history = common.train_model(checkpoint, model, optimizer, recipe, data, seed, tested)
     rows = []
     for index in range(common.EPOCHS):
         row = {"model": name, "schedule": schedule, "seed": seed, "epoch": index + 1}

@@ -37,12 +37,13 @@ def checkpoint_path(name):
     return Path(os.environ.get("S7_CHECKPOINTS") or "runs") / f"{name}.pt"
 
 
-def train_model(name, model, optimizer, recipe, data, seed):
+def train_model(name, model, optimizer, recipe, data, seed, tested=None):
     """Train as the notebook does; return the `History`.
 
     The recipe gives the scheduler, the batch size and the augmentation, and `data` is the training and the
-    test set. An interrupted run is resumed from the checkpoint `name`. Raise ValueError if that is the
-    checkpoint of a different run.
+    test set. Another model can be `tested` instead of the trained one, such as an average of its weights.
+    An interrupted run is resumed from the checkpoint `name`. Raise ValueError if that is the checkpoint of a
+    different run.
     """
     device = next(model.parameters()).device
     train_set, test_set = data
@@ -69,7 +70,7 @@ def train_model(name, model, optimizer, recipe, data, seed):
         if epoch > augmented_epochs:
             loader = utils.without_augmentation(train_loader)
         train_loss, train_acc = utils.train(model, device, loader, optimizer, F.nll_loss)
-        test_loss, test_acc = utils.test(model, device, test_loader, F.nll_loss)
+        test_loss, test_acc = utils.test(tested or model, device, test_loader, F.nll_loss)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(test_loss)
         else:

@@ -214,7 +214,7 @@ def changes_table(changes, runs):
         met = sum(plots.lowest_of_last_epochs(history) >= plots.TARGET_ACCURACY for history in histories)
         rows.append([change, mean, lowest, f"{met} of {len(histories)}", gain_cell(differences)])
         first = first or runs[key]
-    return markdown_table(["instead", MEAN, "min", "met", "difference"], rows)
+    return markdown_table(["variant", MEAN, "min", "met", "difference"], rows)
 
 
 # ---- other tables ----
@@ -275,8 +275,7 @@ def search_table(rows):
 
 def recipe_text(changes):
     """Return the changes of a recipe, a nested dictionary, as text: "batch size 64, lr 0.07"."""
-    base = {**vars(search.BASE), **search.BASE.sgd, **search.BASE.scheduler_args}
-    base |= search.BASE.augmentation.keywords
+    base = {**search.BASE.sgd, **search.BASE.scheduler_args, **search.BASE.augmentation.keywords}
     parts = []
     for name, value in changes.items():
         if isinstance(value, dict):
