@@ -284,26 +284,28 @@ def plot_seeds(axis, runs, field, color, label):
     axis.plot(epochs, values.mean(axis=0), color=color, linewidth=2.5, label=label)
 
 
-def plot_cases(cases):
+def plot_cases(cases, name="cases", bottom=98):
     """Plot train and test accuracies per epoch side by side, for several networks with their recorded runs.
 
-    `cases` is a dictionary from title to the histories of the runs. The axis starts at 98 %.
+    `cases` is a dictionary from title to the histories of the runs. The axis starts at `bottom` percent.
     """
-    figure, axes = plt.subplots(1, len(cases), figsize=(6.5, 3.4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, len(cases), figsize=(6.5, 3.4), layout="constrained", sharey=True, squeeze=False
+    )
     gaps = []
-    for axis, (title, runs) in zip(axes, cases.items(), strict=True):
+    for axis, (title, runs) in zip(axes[0], cases.items(), strict=True):
         plot_seeds(axis, runs, "train_acc", TRAIN_COLOR, "train")
         plot_seeds(axis, runs, "test_acc", TEST_COLOR, "test")
         axis.axhline(TARGET_ACCURACY, color="gray", linestyle="--", label=f"{TARGET_ACCURACY} %")
         test = [run.test_acc[-1] for run in runs]
         gap = statistics.mean(run.train_acc[-1] for run in runs) - statistics.mean(test)
         numbers = f"test {statistics.mean(test):.2f} ± {statistics.stdev(test):.2f}\ngap {gap:.2f}"
-        axis.set(title=f"{title}\n{numbers}", xlabel="epoch", ylim=(98, 100))
+        axis.set(title=f"{title}\n{numbers}", xlabel="epoch", ylim=(bottom, 100))
         axis.grid(alpha=0.3)
         gaps.append(f"{title}: {numbers}".replace("\n", ", "))
-    axes[0].set_ylabel("accuracy (%)")
-    axes[-1].legend(loc="lower right")
-    show_figure(figure, "cases", f"Train and test accuracy per epoch; in the last one, {'; '.join(gaps)}")
+    axes[0, 0].set_ylabel("accuracy (%)")
+    axes[0, -1].legend(loc="lower right")
+    show_figure(figure, name, f"Train and test accuracy per epoch; in the last one, {'; '.join(gaps)}")
 
 
 def plot_history(history, title, augmented_epochs=None, recorded=()):
@@ -364,6 +366,25 @@ def lowest_of_last_epochs(history):
     return min(history.test_acc[-LAST_EPOCHS:])
 
 
+def mean_and_deviation(values):
+    """Return the mean of some values and, if there are several, ± their sample standard deviation."""
+    mean = f"{statistics.mean(values):.2f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def result_cells(histories):
+    """Return cells about the last epochs of some runs: mean, lowest, and where all runs stay above 99.4 %."""
+    mean = mean_and_deviation(list(map(mean_of_last_epochs, histories)))
+    lowest = min(map(lowest_of_last_epochs, histories))
+    epochs = [first_epoch_above(history.test_acc) for history in histories]
+    first = "never"
+    if None not in epochs:
+        first = max(epochs)
+    return [mean, f"{lowest:.2f}", first]
+
+
 def number_of(count, noun):
     """Return a count with its noun, for example "1 epoch" or "15 epochs"."""
     if count == 1:
@@ -410,8 +431,6 @@ def check_target(history):
 
 def describe_differences(run, first):
     """Return in what a run, a `runs.SavedRun`, differs from the first one, as a text."""
-    if run.problem:
-        return run.problem
     parts = []
     for name, value in run.summary.items():
         if value != first.summary.get(name, value):
@@ -428,20 +447,13 @@ def compare_runs(saved):
     *Mean* and *min* are those of the last five test accuracies, and *from* is the epoch from which all are at
     least 99.4 %.
     """
-    readable = [run for run in saved if not run.problem]
-    if not readable:
+    if not saved:
         return Markdown("There are no runs yet.")
-    first = readable[0]
+    first = saved[0]
     rows = []
     for run in saved:
-        differences = describe_differences(run, first)
-        cells = ["", "", "", ""]
-        if run.history.completed > 0:
-            mean = f"{mean_of_last_epochs(run.history):.2f}"
-            lowest = f"{lowest_of_last_epochs(run.history):.2f}"
-            held = first_epoch_above(run.history.test_acc) or "never"
-            cells = [f"{run.history.completed} of {run.summary['epochs']}", mean, lowest, held]
-        rows.append([run.name, differences, *cells])
+        completed = f"{run.history.completed} of {run.summary['epochs']}"
+        rows.append([run.name, describe_differences(run, first), completed, *result_cells([run.history])])
     table = markdown_table(["run", "differs from the first run in", "epochs", "mean", "min", "from"], rows)
     description = "; ".join(f"{name}: {value}" for name, value in first.summary.items())
     return Markdown(f"The first run, {first.name}: {description}.\n\n{table}")
@@ -451,7 +463,7 @@ def compare_with_recorded(saved):
     """Return a line per run that says whether it is in the range of the recorded runs of its network."""
     lines = []
     for run in saved:
-        if run.recorded and run.history.completed > 0:
+        if run.recorded:
             mean = mean_of_last_epochs(run.history)
             means = list(map(mean_of_last_epochs, run.recorded))
             position = "inside"
@@ -468,20 +480,19 @@ def compare_with_recorded(saved):
 
 def plot_runs(saved):
     """Plot the mean of the last test accuracies, a row per run, beside the recorded runs of its network."""
-    runs = [run for run in saved if run.history.completed > 0]
-    if not runs:
+    if not saved:
         return
-    figure, axis = plt.subplots(figsize=(6.5, 1.2 + 0.35 * len(runs)), layout="constrained")
-    for row, run in enumerate(runs):
+    figure, axis = plt.subplots(figsize=(6.5, 1.2 + 0.35 * len(saved)), layout="constrained")
+    for row, run in enumerate(saved):
         recorded = list(map(mean_of_last_epochs, run.recorded))
         axis.scatter(recorded, [row] * len(recorded), color="gray", alpha=0.5, s=30)
         axis.plot(mean_of_last_epochs(run.history), row, "D", color=TEST_COLOR)
     axis.axvline(TARGET_ACCURACY, color="gray", linestyle="--")
-    axis.set_yticks(range(len(runs)), [run.name for run in runs])
-    axis.set_ylim(len(runs) - 0.5, -0.5)  # from top to bottom
+    axis.set_yticks(range(len(saved)), [run.name for run in saved])
+    axis.set_ylim(len(saved) - 0.5, -0.5)  # from top to bottom
     axis.set_xlabel(f"test accuracy (%), mean of the last {LAST_EPOCHS} epochs")
     axis.grid(alpha=0.3)
-    count = number_of(len(runs), "run")
+    count = number_of(len(saved), "run")
     show_figure(figure, "runs", f"Mean test accuracy of {count}; gray dots are recorded runs of the network")
 
 

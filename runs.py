@@ -93,19 +93,6 @@ def data_name(train_loader):
     return getattr(dataset, "name", type(dataset).__name__)
 
 
-def snapshot(model, optimizer, scheduler):
-    """Return a copy of the states of a model, its optimizer and its scheduler, which may be None."""
-    scheduler_state = {}
-    if scheduler is not None:
-        scheduler_state = scheduler.state_dict()
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler_state,
-    }
-    return deepcopy(without_numpy(state))
-
-
 def is_identical(one, two):
     """Return whether nested dictionaries and lists have the same numbers and bit-identical tensors."""
     if isinstance(one, dict):
@@ -118,7 +105,7 @@ def is_identical(one, two):
 
 
 def list_options(state):
-    """Return the options in a `snapshot`, by name: those of the optimizer's groups and of the scheduler."""
+    """Return the options in a state of a run, by name: of the optimizer's groups and of the scheduler."""
     options = {}
     for number, group in enumerate(state["optimizer"]["param_groups"], 1):
         for name, value in group.items():
@@ -256,7 +243,11 @@ class Run:
         return f"{what}\n{how}, seed {self.seed}, until epoch {self.epochs}"
 
     def _state(self):
-        return snapshot(self.model, self.optimizer, self.scheduler)
+        """Return a copy of the states of the model, the optimizer and the scheduler."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scheduler": {}}
+        if self.scheduler is not None:
+            state["scheduler"] = self.scheduler.state_dict()
+        return deepcopy(without_numpy(state))
 
     def _machine(self):
         return describe_machine(next(self.model.parameters()).device)
@@ -542,15 +533,17 @@ class SavedRun(NamedTuple):
     """What a checkpoint tells about its run."""
 
     name: str  # of the file
-    summary: dict  # see `Run`; empty if the file cannot be read
+    summary: dict  # see `Run`
     history: History
     sources: dict  # texts by name
     recorded: list  # histories of the recorded runs of the same network
-    problem: str  # why the file cannot be read, or ""
 
 
 def list_runs(folder):
-    """Return the runs whose checkpoints are in a folder, oldest first, as a list of `SavedRun`."""
+    """Return the runs whose checkpoints are in a folder, oldest first, as a list of `SavedRun`.
+
+    A file that cannot be read is named in a line, and left out.
+    """
     recorded = recorded_runs()
     paths = sorted(Path(folder).expanduser().glob("*.pt"), key=lambda path: path.stat().st_mtime)
     runs = []
@@ -559,12 +552,11 @@ def list_runs(folder):
             with zipfile.ZipFile(path) as archive:
                 report = json.loads(archive.read(REPORT))
         except (OSError, KeyError, zipfile.BadZipFile) as error:
-            problem = f"{NO_CHECKPOINT} ({type(error).__name__})"
-            runs.append(SavedRun(path.name, {}, History(), {}, [], problem))
+            print(f"Left out: {path} is {NO_CHECKPOINT} ({type(error).__name__})")
             continue
         summary = report["summary"]
         seeds = recorded_seeds(summary, recorded)
-        runs.append(SavedRun(path.name, summary, History(**report["history"]), report["sources"], seeds, ""))
+        runs.append(SavedRun(path.name, summary, History(**report["history"]), report["sources"], seeds))
     return runs
 
 

@@ -14,7 +14,7 @@ from functools import partial
 
 import common
 import torch
-from search import SEPARABLE, Candidate
+from search import Candidate
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -72,7 +72,7 @@ def create_with_early_norm():
     return model
 
 
-create_separable = partial(Candidate, *SEPARABLE, "separable")
+create_separable = partial(Candidate, [16, 16], [32, 32, 32, 32, 40], "separable")
 EXPERIMENTS = {  # from (model, schedule), as in accuracy.csv, to what creates the network, and the recipe
     ("Model1", "constant"): (Model1, replace(RECIPES["Model1"], scheduler_args=CONSTANT_RATE)),
     ("Model1", "no_dropout"): (partial(Model1, dropout=0), RECIPES["Model1"]),

@@ -80,18 +80,13 @@ def measure(browser, model, name, test_set):
     return {
         "model": name,
         "images": len(test_set),
-        "original_acc": accuracy(original, test_set.labels),
-        "field_acc": accuracy(probabilities, test_set.labels),
+        "original_acc": f"{100 * utils.GetCorrectPredCount(original, test_set.labels) / len(test_set):.2f}",
+        "field_acc": f"{100 * utils.GetCorrectPredCount(probabilities, test_set.labels) / len(test_set):.2f}",
         "largest_difference": f"{(probabilities - expected).abs().max():.1e}",
         "median_ms": f"{statistics.median(result['milliseconds'] for result in results):.1f}",
         "browser": f"Chrome/{browser.version}",
         **describe_machine("cpu"),
     }
-
-
-def accuracy(output, labels):
-    """Return the share of correct predictions in percent."""
-    return f"{100 * (output.argmax(dim=1) == labels).double().mean():.2f}"
 
 
 def draw_screenshot(browser, model, name):

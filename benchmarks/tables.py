@@ -19,7 +19,7 @@ import search
 
 import plots
 from model import MODELS, create_model
-from plots import markdown_table
+from plots import markdown_table, mean_and_deviation, result_cells
 from runs import ROOT, recorded_runs
 
 FOLDER = ROOT / "benchmarks"
@@ -64,7 +64,10 @@ STEPS = {  # from Model1 to Model4, one part at a time
 }
 OPTIMIZER = {  # Model4 without augmentation, and with parts of optimizer and scheduler changed
     "Model4's optimizer and scheduler": ("Model4", "rate"),
+    "neither Nesterov momentum nor weight decay": ("Model4", "plain_sgd"),
+    "from 0.1 with Model2's StepLR": ("Model4", "two_drops"),
     "constant rate, 0.1": ("Model4", "constant"),
+    "constant rate, 0.01": ("Model4", "low_constant"),
     "Model2's optimizer and scheduler": ("Model4", "model2"),
 }
 WITHOUT = {  # Model4, and Model4 with one thing changed
@@ -74,14 +77,6 @@ WITHOUT = {  # Model4, and Model4 with one thing changed
 }
 
 # ---- cells ----
-
-
-def mean_and_deviation(values):
-    """Return the mean of some values and, if there are several, ± their sample standard deviation."""
-    mean = f"{statistics.mean(values):.2f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def paired_differences(measure, runs, baseline):
@@ -106,17 +101,6 @@ def gain_cell(differences):
     if abs(gain) < 2 * error:
         cell += ", not distinguishable"
     return cell
-
-
-def result_cells(histories):
-    """Return cells about the last epochs of some runs: mean, lowest, and where all runs stay above 99.4 %."""
-    mean = mean_and_deviation(list(map(plots.mean_of_last_epochs, histories)))
-    lowest = min(map(plots.lowest_of_last_epochs, histories))
-    epochs = [plots.first_epoch_above(history.test_acc) for history in histories]
-    first = "never"
-    if None not in epochs:
-        first = max(epochs)
-    return [mean, f"{lowest:.2f}", first]
 
 
 # ---- tables from accuracy.csv ----
@@ -188,32 +172,21 @@ def crossing_table(runs):
     return markdown_table(["recipe", "Model2", "Model4", "difference", "separable", "difference"], rows)
 
 
-def steps_table(steps, runs):
-    """Return the results of each step, and its gain over the step before."""
-    rows = []
-    before = {}
-    for step, key in steps.items():
-        mean, lowest, _ = result_cells(runs[key].values())
-        differences = paired_differences(plots.mean_of_last_epochs, runs[key], before)
-        rows.append([step, mean, lowest, gain_cell(differences)])
-        before = runs[key]
-    return markdown_table(["step", MEAN, "min", "gain"], rows)
-
-
-def changes_table(changes, runs):
-    """Return the results of each change, and its difference from the first row.
+def changes_table(changes, runs, step_by_step=False):
+    """Return the results of each change, and its difference from the first row, or from the row above.
 
     *met* is the number of runs that meet the target.
     """
     rows = []
-    first = {}
+    baseline = {}
     for change, key in changes.items():
         histories = runs[key].values()
         mean, lowest, _ = result_cells(histories)
-        differences = paired_differences(plots.mean_of_last_epochs, runs[key], first)
+        differences = paired_differences(plots.mean_of_last_epochs, runs[key], baseline)
         met = sum(plots.lowest_of_last_epochs(history) >= plots.TARGET_ACCURACY for history in histories)
         rows.append([change, mean, lowest, f"{met} of {len(histories)}", gain_cell(differences)])
-        first = first or runs[key]
+        if step_by_step or not baseline:
+            baseline = runs[key]
     return markdown_table(["variant", MEAN, "min", "met", "difference"], rows)
 
 
@@ -342,7 +315,7 @@ def create_tables():
     tables = {
         "overview": overview_table(runs),
         "crossing": crossing_table(runs),
-        "steps": steps_table(STEPS, runs),
+        "steps": changes_table(STEPS, runs, step_by_step=True),
         "without": changes_table(WITHOUT, runs),
         "optimizer": changes_table(OPTIMIZER, runs),
         "search": search_table(common.read_rows(FOLDER / "search.csv")),

@@ -6,9 +6,9 @@ import sys
 import accuracy
 import common
 import pytest
-import search
 import tables
 
+import plots
 import runs
 import utils
 
@@ -76,30 +76,24 @@ def test_networks_between_model2_and_model4_differ_in_one_part(model, parameters
     assert kinds == layers.replace(" ", "")
 
 
-def test_runs_of_the_search_are_recorded_under_their_configurations():
-    configured = []
-    for configuration in search.CONFIGURATIONS:
-        for seed in configuration.seeds:
-            configured.append(search.identity(configuration, seed))
-    for row in common.read_rows(search.CSV):
-        assert {column: row[column] for column in configured[0]} in configured
-
-
 def test_results_are_hand_computed_values():
     """The first epoch with at least 99.4 % from there on is 3 and 2: the later one is reported."""
     both = histories(ABOVE_FROM_3, ABOVE_FROM_2)
-    assert tables.result_cells(both.values()) == ["99.53 ± 0.04", "99.40", 3]
+    assert plots.result_cells(both.values()) == ["99.53 ± 0.04", "99.40", 3]
     one = histories(SEED_1, ABOVE_FROM_3)
-    assert tables.result_cells(one.values())[1:] == ["98.80", "never"]
+    assert plots.result_cells(one.values())[1:] == ["98.80", "never"]
 
 
 def test_gains_are_paired_by_seed():
     """Of differences of 0.54 and 0.26 the mean is 0.40, and the standard error half of 0.28."""
     recorded = {"a": histories(SEED_1, SEED_2), "b": histories(ABOVE_FROM_2, ABOVE_FROM_3, SEED_1)}
-    table = tables.steps_table({"first": "a", "second": "b"}, recorded)
-    _, _, first, second = table.splitlines()
-    assert first == "| first | 99.13 ± 0.16 | 98.80 |  |"
-    assert second.endswith("| 98.80 | +0.40 ± 0.14 |")
+    changes = {"first": "a", "second": "b", "third": "b"}
+    _, _, first, second, third = tables.changes_table(changes, recorded).splitlines()
+    assert first == "| first | 99.13 ± 0.16 | 98.80 | 0 of 2 |  |"
+    assert second.endswith("| 98.80 | 2 of 3 | +0.40 ± 0.14 |")
+    assert third.endswith("| +0.40 ± 0.14 |")
+    *_, third = tables.changes_table(changes, recorded, step_by_step=True).splitlines()
+    assert third.endswith("| +0.00 ± 0.00 |")
     assert tables.gain_cell([0.1, 0.2, -0.3]) == "+0.00 ± 0.15, not distinguishable"
 
 

@@ -420,14 +420,15 @@ def test_folder_that_fails_for_a_moment_does_not_look_empty(tmp_path, function, 
 # ---- earlier runs ----
 
 
-def test_runs_are_listed_oldest_first_with_what_cannot_be_read(tmp_path):
+def test_runs_are_listed_oldest_first_and_what_cannot_be_read_is_named(tmp_path, capsys):
     (tmp_path / "broken.pt").write_bytes(b"half")
     os.utime(tmp_path / "broken.pt", (1, 1))
     train(tmp_path / "finished.pt")
     train_one_epoch(tmp_path / "interrupted.pt")
     os.utime(tmp_path / "interrupted.pt", (2, 2))
-    broken, interrupted, finished = runs.list_runs(tmp_path)
-    assert broken.problem.startswith("not a checkpoint")
-    assert [interrupted.name, interrupted.problem] == ["interrupted.pt", ""]
+    capsys.readouterr()
+    interrupted, finished = runs.list_runs(tmp_path)
+    assert f"Left out: {tmp_path / 'broken.pt'} is not a checkpoint" in capsys.readouterr().out
+    assert interrupted.name == "interrupted.pt"
     assert [interrupted.history.completed, finished.history.completed] == [1, 3]
     assert finished.summary["optimizer"] == "SGD(lr=0.1, momentum=0.9)"
