@@ -257,7 +257,8 @@ def plot_rates(rates, losses, title):
 def plot_schedules(schedules, title):
     """Plot test accuracies per epoch for several schedules, each given by the histories of its runs.
 
-    Thin lines are the runs, the thick one is their mean. The learning rates are those of the histories.
+    Thin lines are the runs, the thick one is their mean. The learning rates are those of the histories. The
+    axis starts at 97 %.
     """
     figure, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
     labels = []
@@ -269,10 +270,10 @@ def plot_schedules(schedules, title):
         plot_seeds(axis, runs, "test_acc", f"C{number}", label)
         labels.append(f"{label}: {statistics.mean(run.test_acc[-1] for run in runs):.2f} % in the last epoch")
     axis.axhline(TARGET_ACCURACY, color="gray", linestyle="--", label=f"{TARGET_ACCURACY} %")
-    axis.set(title=title, xlabel="epoch", ylabel="test accuracy (%)")
+    axis.set(title=title, xlabel="epoch", ylabel="test accuracy (%)", ylim=(97, 100))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
-    axis.legend(title="learning rate")
+    axis.legend(title="learning rate", loc="lower right")
     show_figure(figure, "schedules", f"{title}, learning rate {', '.join(labels)}")
 
 

@@ -70,6 +70,14 @@ OPTIMIZER = {  # Model4 without augmentation, and with parts of optimizer and sc
     "constant rate, 0.01": ("Model4", "low_constant"),
     "Model2's optimizer and scheduler": ("Model4", "model2"),
 }
+NETWORK = {  # Model2's network with one part of Model4's, trained with Model4's recipe
+    "Model2's network": ("Model2", "clean_epochs"),
+    "ReLU and BatchNorm in convblock3": ("Model2 with ReLU and BatchNorm in convblock3", "clean_epochs"),
+    "average and 1×1 convolution at the end": ("Model2 with an average", "clean_epochs"),
+    "BatchNorm before ReLU": ("Model2 with BatchNorm before ReLU", "clean_epochs"),
+    "wider toward the end": ("Model2 with growing widths", "clean_epochs"),
+    "Model4's network": ("Model4", "described"),
+}
 WITHOUT = {  # Model4, and Model4 with one thing changed
     "Model4": ("Model4", "described"),
     "no augmentation": ("Model4", "rate"),
@@ -318,6 +326,7 @@ def create_tables():
         "steps": changes_table(STEPS, runs, step_by_step=True),
         "without": changes_table(WITHOUT, runs),
         "optimizer": changes_table(OPTIMIZER, runs),
+        "network": changes_table(NETWORK, runs),
         "search": search_table(common.read_rows(FOLDER / "search.csv")),
         "dropout ablation": dropout_table(common.read_rows(FOLDER / "dropout_ablation.csv")),
         "own digits": columns_table(common.read_rows(FOLDER / "own_digits.csv")),
