@@ -82,6 +82,7 @@ WITHOUT = {  # Model4, and Model4 with one thing changed
     "Model4": ("Model4", "described"),
     "no augmentation": ("Model4", "rate"),
     "augmentation until the end": ("Model4", "augment"),
+    "tested with an average of the weights": ("Model4", "average"),
 }
 
 # ---- cells ----
