@@ -115,6 +115,7 @@ EXPERIMENTS = {  # from (model, schedule), as in accuracy.csv, to what creates t
     # tested with an average of the weights
     ("Model4", "average"): (Model4, RECIPE),
     ("Model5", "average"): (Model5, RECIPES["Model5"]),
+    ("Model5", "again"): (Model5, RECIPES["Model5"]),  # as described, on the processor of its `average`
 }
 for model_name in MODELS:
     EXPERIMENTS[model_name, "described"] = (MODELS[model_name], RECIPES[model_name])

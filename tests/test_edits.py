@@ -6,7 +6,9 @@ dictionary from a text of the cells to the text in its place; edits are made one
 
 import atexit
 import json
+import re
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +184,18 @@ def test_own_train_is_used_and_shown(capsys):
     assert "return loss.item(), 50\n" in capsys.readouterr().out
     notebook.train()
     assert notebook["run"].history.train_acc == [50, 50]
+
+
+def test_exercise_with_an_average_of_the_weights_tests_the_average():
+    text = CELLS["exercises"].split("An average of the weights")[1]
+    lines = textwrap.dedent(re.search(r" +```python\n(.*?)\n +```", text, re.DOTALL)[1])
+    notebook = Notebook({"\nrun = Run": f"\n{lines}\nrun = Run", "test(model,": "test(average,"})
+    notebook.train()
+    average = notebook["average"]
+    assert average.n_averaged == 4
+    expected, _ = utils.test(average, "cpu", notebook["test_loader"], notebook["criterion"])
+    assert notebook["run"].history.test_losses[-1] == expected
+    assert expected != utils.test(notebook["model"], "cpu", notebook["test_loader"], notebook["criterion"])[0]
 
 
 def test_class_of_a_cell_is_shown(capsys):
