@@ -41,9 +41,9 @@ def train_model(name, model, optimizer, recipe, data, seed, tested=None):
     """Train as the notebook does; return the `History`.
 
     The recipe gives the scheduler, the batch size and the augmentation, and `data` is the training and the
-    test set. Another model can be `tested` instead of the trained one, such as an average of its weights.
-    An interrupted run is resumed from the checkpoint `name`. Raise ValueError if that is the checkpoint of a
-    different run.
+    test set. An interrupted run is resumed from the checkpoint `name`. Raise ValueError if that is the
+    checkpoint of a different run. An average of the weights can be `tested` instead of the model; the
+    checkpoint does not have it, so an interrupted run with an average may be refused, too.
     """
     device = next(model.parameters()).device
     train_set, test_set = data

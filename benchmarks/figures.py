@@ -51,13 +51,13 @@ def main():
     runs = recorded_runs()
     plot_crossing(runs)
     for name in MODELS:
-        cases = {f"{name}, as described": runs[name, "described"]}
+        cases = {f"{name}, as described": list(runs[name, "described"].values())}
         if name in ("Model1", "Model2"):
-            cases[f"{name}, constant rate"] = runs[name, "constant"]
+            cases[f"{name}, constant rate"] = list(runs[name, "constant"].values())
         bottom = 98
         if name == "Model1":
             bottom = 86
-        plots.plot_cases({title: list(case.values()) for title, case in cases.items()}, name, bottom)
+        plots.plot_cases(cases, name, bottom)
 
 
 if __name__ == "__main__":

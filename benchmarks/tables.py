@@ -78,7 +78,7 @@ NETWORK = {  # Model2's network with one part of Model4's, trained with Model4's
     "wider toward the end": ("Model2 with growing widths", "clean_epochs"),
     "Model4's network": ("Model4", "described"),
 }
-WITHOUT = {  # Model4, and Model4 with one thing changed
+WITHOUT = {  # Model4, and Model4 with a part of its recipe changed
     "Model4": ("Model4", "described"),
     "no augmentation": ("Model4", "rate"),
     "augmentation until the end": ("Model4", "augment"),
