@@ -305,7 +305,7 @@ def plot_cases(cases, name="cases", bottom=98):
         axis.grid(alpha=0.3)
         gaps.append(f"{title}: {numbers}".replace("\n", ", "))
     axes[0, 0].set_ylabel("accuracy (%)")
-    axes[0, -1].legend(loc="lower right")
+    axes[0, -1].legend()
     show_figure(figure, name, f"Train and test accuracy per epoch; in the last one, {'; '.join(gaps)}")
 
 
