@@ -35,7 +35,45 @@ AS_PIXELS = {"origin": "upper", "aspect": "equal", "interpolation": "nearest"}  
 TARGET_ACCURACY = 99.4  # percent, of the course
 LAST_EPOCHS = 5  # of a run, to which the target applies: our reading of the course's "last few"
 
-# ---- source code and layers ----
+# ---- figures ----
+
+
+def show_figure(figure, name, alt):
+    """Display a figure with the alternative text `alt`.
+
+    Also save it as `name.png` if the environment variable `S7_FIGURES` names a folder.
+    """
+    folder = os.environ.get("S7_FIGURES")
+    shell = get_ipython()
+    if folder:
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=110)
+    elif shell is None:
+        print(f"The figure {name} is not shown: set S7_FIGURES to a folder to save the figures there")
+    if shell is not None:
+        formatters = shell.display_formatter.formatters.values()
+        if not any(Figure in formatter.type_printers for formatter in formatters):
+            select_figure_formats(shell, {"png"})  # a kernel started with MPLBACKEND=agg has no format
+        display(figure, metadata={"image/png": {"alt": alt}})
+    plt.close(figure)
+
+
+def plot_digits(images, captions, title, name):
+    """Plot up to 20 images `(N, 1, 28, 28)` or `(N, 28, 28)`, dark on light, with captions."""
+    figure, axes = plt.subplots(4, 5, figsize=(6.5, 6.2), layout="constrained", subplot_kw=NO_TICKS)
+    figure.suptitle(title, fontsize=10)
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+        axis.imshow(image.squeeze().numpy(), cmap="gray_r", **AS_PIXELS)
+        axis.set_title(caption, fontsize=9)
+        axis.spines[:].set_color("lightgray")  # shows where the image ends
+    for axis in axes.flat[len(images) :]:
+        axis.set_axis_off()
+    shown = ", ".join(map(str, captions[:20]))
+    show_figure(figure, name, f"{title}: {shown}".rstrip(": ,"))
+
+
+# ---- source code ----
 
 
 class Source(Code):
@@ -62,6 +100,9 @@ def read_source(item):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ClassDef) and node.name == item.__name__:
             return ast.get_source_segment(text, node) + "\n"
+
+
+# ---- the network: layers, receptive fields, outputs ----
 
 
 class Layer(NamedTuple):
@@ -173,42 +214,104 @@ def summarize_model(model):
     return Markdown(markdown_table(titles, rows))
 
 
-# ---- plots ----
+def plot_architecture(model, title):
+    """Draw the blocks of a model as slabs, from the image down to the last output, with their numbers.
 
-
-def show_figure(figure, name, alt):
-    """Display a figure with the alternative text `alt`.
-
-    Also save it as `name.png` if the environment variable `S7_FIGURES` names a folder.
+    The height of a slab is the side length of the block's output, its width the number of channels. Blocks
+    without parameters are gray.
     """
-    folder = os.environ.get("S7_FIGURES")
-    shell = get_ipython()
-    if folder:
-        folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=110)
-    elif shell is None:
-        print(f"The figure {name} is not shown: set S7_FIGURES to a folder to save the figures there")
-    if shell is not None:
-        formatters = shell.display_formatter.formatters.values()
-        if not any(Figure in formatter.type_printers for formatter in formatters):
-            select_figure_formats(shell, {"png"})  # a kernel started with MPLBACKEND=agg has no format
-        display(figure, metadata={"image/png": {"alt": alt}})
-    plt.close(figure)
+    rows = [("image", (1, SIDE, SIDE), "", "")]
+    for name, group in itertools.groupby(layer_table(model), lambda layer: layer.name.split(".")[0]):
+        layers = list(group)
+        parameters = sum(layer.parameters for layer in layers)
+        rows.append((name, layers[-1].output, layers[-1].receptive_field or "", f"{parameters:,}"))
+    widest = max(output[0] for _, output, _, _ in rows)
+    figure, axis = plt.subplots(layout="constrained")
+
+    def write(y, *texts):  # beside the slabs, which are at x from 0 to 1
+        for x, text, side in zip((1.15, 2, 3, 3.85), texts, ("left", "left", "right", "right"), strict=True):
+            axis.text(x, y, text, ha=side, va="center", fontsize=9)
+
+    write(2, "block", "output", "field", "parameters")
+    y = 8  # in pixels of the outputs, downward
+    for name, output, field, parameters in rows:
+        width = output[0] / widest
+        height = max(output[1:], default=1)
+        row_height = max(height, 5)  # room for a line of text
+        middle = y + row_height / 2
+        slab = plt.Rectangle((0.5 - width / 2, middle - height / 2), width, height, edgecolor="gray")
+        slab.set_facecolor("lightgray" if parameters in ("", "0") else TEST_COLOR)
+        axis.add_patch(slab)
+        write(middle, name, "×".join(map(str, output)), field, parameters)
+        y += row_height + 2
+    axis.set(xlim=(-0.05, 3.9), ylim=(y, 0))
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=10)
+    figure.set_size_inches(4.2, 0.4 + y / 30)
+    sizes = ", ".join(f"{name} {'×'.join(map(str, output))}" for name, output, _, _ in rows)
+    show_figure(figure, "architecture", f"{title}: {sizes}")
 
 
-def plot_digits(images, captions, title, name):
-    """Plot up to 20 images `(N, 1, 28, 28)` or `(N, 28, 28)`, dark on light, with captions."""
-    figure, axes = plt.subplots(4, 5, figsize=(6.5, 6.2), layout="constrained", subplot_kw=NO_TICKS)
+def plot_fields(model, image, title):
+    """Draw the receptive field of each block of a model as a square on one image `(28, 28)`.
+
+    Blocks with the same receptive field share a square.
+    """
+    model = unwrap(model)
+    blocks = {}
+    for name, field in measure_fields(model, dict(model.named_children())):
+        if field is not None:
+            blocks.setdefault(field, []).append(name)
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained", subplot_kw=NO_TICKS)
+    axis.imshow(image.numpy(), cmap="gray_r", **AS_PIXELS)
+    axis.set_title(title, fontsize=10)
+    for number, (field, names) in enumerate(blocks.items()):
+        corner = (SIDE - field) // 2 - 0.5  # pixels are centered at integers
+        square = plt.Rectangle((corner, corner), field, field, fill=False, linewidth=2)
+        square.set_edgecolor(plt.get_cmap("viridis")(number / len(blocks)))
+        square.set_label(f"{field}×{field}: {', '.join(names)}")
+        axis.add_patch(square)
+    figure.legend(loc="outside right center")
+    show_figure(figure, "fields", f"{title}, as squares on one image")
+
+
+def plot_features(model, image, title):
+    """Plot one image, the filters of a model's first layer, and what each of its blocks makes of the image.
+
+    `image` is normalized, `(1, 28, 28)`. Each row shows the first ten channels of a block, on a common
+    scale from dark (low) to light (high), with their size and receptive field. Blocks whose output is no
+    image are left out.
+    """
+    model = unwrap(model)
+    rows = [("image", image)]
+    filters = next(model.parameters()).detach().cpu()
+    if filters.dim() == 4 and filters.shape[1] == 1:
+        height, width = filters.shape[2:]
+        rows.append((f"filters\n{height}×{width}", filters[:, 0]))
+    blocks = dict(model.named_children())
+    fields = measure_fields(model, blocks)
+    outputs = record_outputs(model, blocks, image.unsqueeze(0))
+    for (name, output), (_, field) in zip(outputs, fields, strict=True):
+        if output.dim() == 4:
+            channels, height, width = output.shape[1:]
+            rows.append((f"{name}\n{channels}×{height}×{width}\nfield {field}", output[0]))
+    figure, axes = plt.subplots(len(rows), 10, layout="constrained", squeeze=False, subplot_kw=NO_TICKS)
+    figure.set_size_inches(7, 0.72 * len(rows))
     figure.suptitle(title, fontsize=10)
-    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
-        axis.imshow(image.squeeze().numpy(), cmap="gray_r", **AS_PIXELS)
-        axis.set_title(caption, fontsize=9)
-        axis.spines[:].set_color("lightgray")  # shows where the image ends
-    for axis in axes.flat[len(images) :]:
-        axis.set_axis_off()
-    shown = ", ".join(map(str, captions[:20]))
-    show_figure(figure, name, f"{title}: {shown}".rstrip(": ,"))
+    for row_axes, (label, channels) in zip(axes, rows, strict=True):
+        scale = {"vmin": channels.min().item(), "vmax": channels.max().item()}
+        for axis, channel in zip(row_axes, channels, strict=False):
+            axis.imshow(channel.numpy(), cmap="gray", **scale, **AS_PIXELS)
+        for axis in row_axes[len(channels) :]:
+            axis.set_axis_off()
+        row_axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    if rows[-1][1].shape == (DIGITS, 1, 1):
+        for digit, axis in enumerate(axes[-1]):
+            axis.set_xlabel(digit)
+    show_figure(figure, "features", f"{title}: the filters of the first layer, then one row per block")
+
+
+# ---- a convolution and learning rates ----
 
 
 def plot_convolution(image, kernel, feature_map, row, column):
@@ -254,59 +357,7 @@ def plot_rates(rates, losses, title):
     show_figure(figure, "rates", f"{title}: {pairs}")
 
 
-def plot_schedules(schedules, title):
-    """Plot test accuracies per epoch for several schedules, each given by the histories of its runs.
-
-    Thin lines are the runs, the thick one is their mean. The learning rates are those of the histories. The
-    axis starts at 97 %.
-    """
-    figure, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
-    labels = []
-    for number, runs in enumerate(schedules):
-        first, *_, last = runs[0].learning_rates
-        label = f"from {first:g} to {last:.2g}"
-        if first == last:
-            label = f"constant {first:g}"
-        plot_seeds(axis, runs, "test_acc", f"C{number}", label)
-        labels.append(f"{label}: {statistics.mean(run.test_acc[-1] for run in runs):.2f} % in the last epoch")
-    axis.axhline(TARGET_ACCURACY, color="gray", linestyle="--", label=f"{TARGET_ACCURACY} %")
-    axis.set(title=title, xlabel="epoch", ylabel="test accuracy (%)", ylim=(97, 100))
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.3)
-    axis.legend(title="learning rate", loc="lower right")
-    show_figure(figure, "schedules", f"{title}, learning rate {', '.join(labels)}")
-
-
-def plot_seeds(axis, runs, field, color, label):
-    """Plot a field of `History` per epoch: thin lines for several runs, a thick one for their mean."""
-    values = np.array([getattr(run, field) for run in runs])
-    epochs = range(1, values.shape[1] + 1)
-    axis.plot(epochs, values.T, color=color, linewidth=0.6, alpha=0.6)
-    axis.plot(epochs, values.mean(axis=0), color=color, linewidth=2.5, label=label)
-
-
-def plot_cases(cases, name="cases", bottom=98):
-    """Plot train and test accuracies per epoch side by side, for several networks with their recorded runs.
-
-    `cases` is a dictionary from title to the histories of the runs. The axis starts at `bottom` percent.
-    """
-    figure, axes = plt.subplots(
-        1, len(cases), figsize=(6.5, 3.4), layout="constrained", sharey=True, squeeze=False
-    )
-    gaps = []
-    for axis, (title, runs) in zip(axes[0], cases.items(), strict=True):
-        plot_seeds(axis, runs, "train_acc", TRAIN_COLOR, "train")
-        plot_seeds(axis, runs, "test_acc", TEST_COLOR, "test")
-        axis.axhline(TARGET_ACCURACY, color="gray", linestyle="--", label=f"{TARGET_ACCURACY} %")
-        test = [run.test_acc[-1] for run in runs]
-        gap = statistics.mean(run.train_acc[-1] for run in runs) - statistics.mean(test)
-        numbers = f"test {statistics.mean(test):.2f} ± {statistics.stdev(test):.2f}\ngap {gap:.2f}"
-        axis.set(title=f"{title}\n{numbers}", xlabel="epoch", ylim=(bottom, 100))
-        axis.grid(alpha=0.3)
-        gaps.append(f"{title}: {numbers}".replace("\n", ", "))
-    axes[0, 0].set_ylabel("accuracy (%)")
-    axes[0, -1].legend()
-    show_figure(figure, name, f"Train and test accuracy per epoch; in the last one, {'; '.join(gaps)}")
+# ---- runs: curves and results ----
 
 
 def plot_history(history, title, augmented_epochs=None, recorded=()):
@@ -349,6 +400,74 @@ def plot_history(history, title, augmented_epochs=None, recorded=()):
     show_figure(figure, "curves", f"Loss, accuracy and learning rate per epoch; {summary}")
 
 
+def plot_cases(cases, name="cases", bottom=98):
+    """Plot train and test accuracies per epoch side by side, for several networks with their recorded runs.
+
+    `cases` is a dictionary from title to the histories of the runs. The axis starts at `bottom` percent.
+    """
+    figure, axes = plt.subplots(
+        1, len(cases), figsize=(6.5, 3.4), layout="constrained", sharey=True, squeeze=False
+    )
+    gaps = []
+    for axis, (title, runs) in zip(axes[0], cases.items(), strict=True):
+        plot_seeds(axis, runs, "train_acc", TRAIN_COLOR, "train")
+        plot_seeds(axis, runs, "test_acc", TEST_COLOR, "test")
+        axis.axhline(TARGET_ACCURACY, color="gray", linestyle="--", label=f"{TARGET_ACCURACY} %")
+        test = [run.test_acc[-1] for run in runs]
+        gap = statistics.mean(run.train_acc[-1] for run in runs) - statistics.mean(test)
+        numbers = f"test {statistics.mean(test):.2f} ± {statistics.stdev(test):.2f}\ngap {gap:.2f}"
+        axis.set(title=f"{title}\n{numbers}", xlabel="epoch", ylim=(bottom, 100))
+        axis.grid(alpha=0.3)
+        gaps.append(f"{title}: {numbers}".replace("\n", ", "))
+    axes[0, 0].set_ylabel("accuracy (%)")
+    axes[0, -1].legend()
+    show_figure(figure, name, f"Train and test accuracy per epoch; in the last one, {'; '.join(gaps)}")
+
+
+def plot_seeds(axis, runs, field, color, label):
+    """Plot a field of `History` per epoch: thin lines for several runs, a thick one for their mean."""
+    values = np.array([getattr(run, field) for run in runs])
+    epochs = range(1, values.shape[1] + 1)
+    axis.plot(epochs, values.T, color=color, linewidth=0.6, alpha=0.6)
+    axis.plot(epochs, values.mean(axis=0), color=color, linewidth=2.5, label=label)
+
+
+def summarize_run(history, title):
+    """Return a summary of a run in four lines, or in one if no epoch is completed."""
+    if history.completed == 0:
+        return f"{title}: no completed epoch"
+    mean, lowest, first = result_cells([history])
+    last_epochs = min(LAST_EPOCHS, history.completed)
+    return (
+        f"{title}: {number_of(history.completed, 'epoch')},"
+        f" learning rate {history.learning_rates[0]:.3g} to {history.learning_rates[-1]:.3g}\n"
+        f"last epoch: train {history.train_acc[-1]:.2f} %, test {history.test_acc[-1]:.2f} %\n"
+        f"test accuracy over the last {number_of(last_epochs, 'epoch')}: mean {mean} %, lowest {lowest} %\n"
+        f"epoch from which on it is at least {TARGET_ACCURACY} %: {first}"
+    )
+
+
+def check_target(history):
+    """Return whether a run meets the course target, as a sentence."""
+    target = f"at least {TARGET_ACCURACY} % test accuracy in each of the last {LAST_EPOCHS} epochs"
+    if history.completed < LAST_EPOCHS:
+        return f"{target}: this run has only {number_of(history.completed, 'epoch')}"
+    if min(history.test_acc[-LAST_EPOCHS:]) < TARGET_ACCURACY:
+        return f"{target}: not met"
+    return f"{target}: met"
+
+
+def result_cells(histories):
+    """Return cells about the last epochs of some runs: mean, lowest, and where all runs stay above 99.4 %."""
+    mean = mean_and_deviation(list(map(mean_of_last_epochs, histories)))
+    lowest = min(map(lowest_of_last_epochs, histories))
+    epochs = [first_epoch_above(history.test_acc) for history in histories]
+    first = "never"
+    if None not in epochs:
+        first = max(epochs)
+    return [mean, f"{lowest:.2f}", first]
+
+
 def first_epoch_above(accuracies):
     """Return the first epoch from which every accuracy is at least the target, or None."""
     last = list(itertools.takewhile(lambda accuracy: accuracy >= TARGET_ACCURACY, reversed(accuracies)))
@@ -375,17 +494,6 @@ def mean_and_deviation(values):
     return f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def result_cells(histories):
-    """Return cells about the last epochs of some runs: mean, lowest, and where all runs stay above 99.4 %."""
-    mean = mean_and_deviation(list(map(mean_of_last_epochs, histories)))
-    lowest = min(map(lowest_of_last_epochs, histories))
-    epochs = [first_epoch_above(history.test_acc) for history in histories]
-    first = "never"
-    if None not in epochs:
-        first = max(epochs)
-    return [mean, f"{lowest:.2f}", first]
-
-
 def number_of(count, noun):
     """Return a count with its noun, for example "1 epoch" or "15 epochs"."""
     if count == 1:
@@ -393,53 +501,7 @@ def number_of(count, noun):
     return f"{count} {noun}s"
 
 
-def summarize_run(history, title):
-    """Return a summary of a run in at most four lines."""
-    completed = history.completed
-    if completed == 0:
-        return f"{title}: no completed epoch"
-    rates = f"{history.learning_rates[0]:.3g}"
-    if history.learning_rates[-1] != history.learning_rates[0]:
-        rates = f"from {rates} to {history.learning_rates[-1]:.3g}"
-    lines = [
-        f"{title}: {number_of(completed, 'epoch')}, learning rate {rates}",
-        f"last epoch: train {history.train_acc[-1]:.2f} %, test {history.test_acc[-1]:.2f} %",
-    ]
-    if completed > 1:
-        last_epochs = history.test_acc[-LAST_EPOCHS:]
-        lines.append(
-            f"test accuracy over the last {len(last_epochs)} epochs:"
-            f" mean {statistics.mean(last_epochs):.2f} %, minimum {min(last_epochs):.2f} %"
-        )
-    first = first_epoch_above(history.test_acc)
-    if first is not None:
-        lines.append(f"test accuracy ≥ {TARGET_ACCURACY} %: from epoch {first} on")
-    return "\n".join(lines)
-
-
-def check_target(history):
-    """Return whether a run meets the course target, as a sentence."""
-    target = f"at least {TARGET_ACCURACY} % test accuracy in each of the last {LAST_EPOCHS} epochs"
-    if history.completed < LAST_EPOCHS:
-        return f"{target}: this run has only {number_of(history.completed, 'epoch')}"
-    if min(history.test_acc[-LAST_EPOCHS:]) < TARGET_ACCURACY:
-        return f"{target}: not met"
-    return f"{target}: met"
-
-
 # ---- comparison of runs ----
-
-
-def describe_differences(run, first):
-    """Return in what a run, a `runs.SavedRun`, differs from the first one, as a text."""
-    parts = []
-    for name, value in run.summary.items():
-        if value != first.summary.get(name, value):
-            parts.append(f"{name}: {value}")
-    if not parts:
-        changed = [name for name, text in run.sources.items() if text != first.sources.get(name, text)]
-        parts = [f"{name}: other text" for name in changed]
-    return "; ".join(parts)
 
 
 def compare_runs(saved):
@@ -458,6 +520,18 @@ def compare_runs(saved):
     table = markdown_table(["run", "differs from the first run in", "epochs", "mean", "min", "from"], rows)
     description = "; ".join(f"{name}: {value}" for name, value in first.summary.items())
     return Markdown(f"The first run, {first.name}: {description}.\n\n{table}")
+
+
+def describe_differences(run, first):
+    """Return in what a run, a `runs.SavedRun`, differs from the first one, as a text."""
+    parts = []
+    for name, value in run.summary.items():
+        if value != first.summary.get(name, value):
+            parts.append(f"{name}: {value}")
+    if not parts:
+        changed = [name for name, text in run.sources.items() if text != first.sources.get(name, text)]
+        parts = [f"{name}: other text" for name in changed]
+    return "; ".join(parts)
 
 
 def compare_with_recorded(saved):
@@ -497,20 +571,7 @@ def plot_runs(saved):
     show_figure(figure, "runs", f"Mean test accuracy of {count}; gray dots are recorded runs of the network")
 
 
-# ---- errors and features ----
-
-
-def most_confused(confusion):
-    """Return the three most confused pairs of digits as text, one line per pair.
-
-    `confusion` `(10, 10)` counts images by true (row) and predicted (column) digit.
-    """
-    both_ways = (confusion + confusion.T).triu(diagonal=1)  # 4 predicted as 9, and 9 as 4
-    pairs = sorted(both_ways.nonzero(), key=lambda pair: both_ways[tuple(pair)], reverse=True)
-    lines = []
-    for one, other in pairs[:3]:
-        lines.append(f"{one} and {other}: {number_of(both_ways[one, other].item(), 'image')}")
-    return "\n".join(lines) or "no digits were confused"
+# ---- errors ----
 
 
 class Prediction(NamedTuple):
@@ -567,98 +628,14 @@ def plot_confusion(confusion, title):
     show_figure(figure, "confusion", f"{title}: confusion matrix with {count}")
 
 
-def plot_features(model, image, title):
-    """Plot one image, the filters of a model's first layer, and what each of its blocks makes of the image.
+def most_confused(confusion):
+    """Return the three most confused pairs of digits as text, one line per pair.
 
-    `image` is normalized, `(1, 28, 28)`. Each row shows the first ten channels of a block, on a common
-    scale from dark (low) to light (high), with their size and receptive field. Blocks whose output is no
-    image are left out.
+    `confusion` `(10, 10)` counts images by true (row) and predicted (column) digit.
     """
-    model = unwrap(model)
-    rows = [("image", image)]
-    filters = next(model.parameters()).detach().cpu()
-    if filters.dim() == 4 and filters.shape[1] == 1:
-        height, width = filters.shape[2:]
-        rows.append((f"filters\n{height}×{width}", filters[:, 0]))
-    blocks = dict(model.named_children())
-    fields = measure_fields(model, blocks)
-    outputs = record_outputs(model, blocks, image.unsqueeze(0))
-    for (name, output), (_, field) in zip(outputs, fields, strict=True):
-        if output.dim() == 4:
-            channels, height, width = output.shape[1:]
-            rows.append((f"{name}\n{channels}×{height}×{width}\nfield {field}", output[0]))
-    figure, axes = plt.subplots(len(rows), 10, layout="constrained", squeeze=False, subplot_kw=NO_TICKS)
-    figure.set_size_inches(7, 0.72 * len(rows))
-    figure.suptitle(title, fontsize=10)
-    for row_axes, (label, channels) in zip(axes, rows, strict=True):
-        scale = {"vmin": channels.min().item(), "vmax": channels.max().item()}
-        for axis, channel in zip(row_axes, channels, strict=False):
-            axis.imshow(channel.numpy(), cmap="gray", **scale, **AS_PIXELS)
-        for axis in row_axes[len(channels) :]:
-            axis.set_axis_off()
-        row_axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    if rows[-1][1].shape == (DIGITS, 1, 1):
-        for digit, axis in enumerate(axes[-1]):
-            axis.set_xlabel(digit)
-    show_figure(figure, "features", f"{title}: the filters of the first layer, then one row per block")
-
-
-def plot_fields(model, image, title):
-    """Draw the receptive field of each block of a model as a square on one image `(28, 28)`.
-
-    Blocks with the same receptive field share a square.
-    """
-    model = unwrap(model)
-    blocks = {}
-    for name, field in measure_fields(model, dict(model.named_children())):
-        if field is not None:
-            blocks.setdefault(field, []).append(name)
-    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained", subplot_kw=NO_TICKS)
-    axis.imshow(image.numpy(), cmap="gray_r", **AS_PIXELS)
-    axis.set_title(title, fontsize=10)
-    for number, (field, names) in enumerate(blocks.items()):
-        corner = (SIDE - field) // 2 - 0.5  # pixels are centered at integers
-        square = plt.Rectangle((corner, corner), field, field, fill=False, linewidth=2)
-        square.set_edgecolor(plt.get_cmap("viridis")(number / len(blocks)))
-        square.set_label(f"{field}×{field}: {', '.join(names)}")
-        axis.add_patch(square)
-    figure.legend(loc="outside right center")
-    show_figure(figure, "fields", f"{title}, as squares on one image")
-
-
-def plot_architecture(model, title):
-    """Draw the blocks of a model as slabs, from the image down to the last output, with their numbers.
-
-    The height of a slab is the side length of the block's output, its width the number of channels. Blocks
-    without parameters are gray.
-    """
-    rows = [("image", (1, SIDE, SIDE), "", "")]
-    for name, group in itertools.groupby(layer_table(model), lambda layer: layer.name.split(".")[0]):
-        layers = list(group)
-        parameters = sum(layer.parameters for layer in layers)
-        rows.append((name, layers[-1].output, layers[-1].receptive_field or "", f"{parameters:,}"))
-    widest = max(output[0] for _, output, _, _ in rows)
-    figure, axis = plt.subplots(layout="constrained")
-
-    def write(y, *texts):  # beside the slabs, which are at x from 0 to 1
-        for x, text, side in zip((1.15, 2, 3, 3.85), texts, ("left", "left", "right", "right"), strict=True):
-            axis.text(x, y, text, ha=side, va="center", fontsize=9)
-
-    write(2, "block", "output", "field", "parameters")
-    y = 8  # in pixels of the outputs, downward
-    for name, output, field, parameters in rows:
-        width = output[0] / widest
-        height = max(output[1:], default=1)
-        row_height = max(height, 5)  # room for a line of text
-        middle = y + row_height / 2
-        slab = plt.Rectangle((0.5 - width / 2, middle - height / 2), width, height, edgecolor="gray")
-        slab.set_facecolor("lightgray" if parameters in ("", "0") else TEST_COLOR)
-        axis.add_patch(slab)
-        write(middle, name, "×".join(map(str, output)), field, parameters)
-        y += row_height + 2
-    axis.set(xlim=(-0.05, 3.9), ylim=(y, 0))
-    axis.set_axis_off()
-    axis.set_title(title, fontsize=10)
-    figure.set_size_inches(4.2, 0.4 + y / 30)
-    sizes = ", ".join(f"{name} {'×'.join(map(str, output))}" for name, output, _, _ in rows)
-    show_figure(figure, "architecture", f"{title}: {sizes}")
+    both_ways = (confusion + confusion.T).triu(diagonal=1)  # 4 predicted as 9, and 9 as 4
+    pairs = sorted(both_ways.nonzero(), key=lambda pair: both_ways[tuple(pair)], reverse=True)
+    lines = []
+    for one, other in pairs[:3]:
+        lines.append(f"{one} and {other}: {number_of(both_ways[one, other].item(), 'image')}")
+    return "\n".join(lines) or "no digits were confused"

@@ -6,6 +6,7 @@ A checkpoint belongs to the run that wrote it; no run replaces another's.
 import contextlib
 import csv
 import difflib
+import functools
 import io
 import itertools
 import json
@@ -33,13 +34,6 @@ from utils import BatchLoader, brief, unwrap
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ("model.py", "utils.py", "runs.py")  # files that determine a run, next to the notebook's cell
-TITLES = {  # of the fields of `History` that a repeated epoch must reproduce
-    "train_losses": "train loss",
-    "train_acc": "train accuracy",
-    "test_losses": "test loss",
-    "test_acc": "test accuracy",
-    "learning_rates": "learning rate",
-}
 # Relative differences that a repeated epoch may have on another machine or on a GPU. With another order of
 # sums, train losses differed by up to 0.9 % and test losses by up to 25 % (Models 2 and 4, epochs 1 to 3).
 LIMITS = {"train_losses": 0.03, "test_losses": 0.4, "learning_rates": 0}
@@ -346,11 +340,11 @@ class Run:
         epoch = self.history.completed + 1
         differences = []
         is_close = True
-        for name, title in TITLES.items():
+        for column, name in RECORDED.items():
             (now,) = getattr(results, name)
             before = self._repeated["history"][name][-1]
-            if now != before:
-                differences.append(f"{title} {now:.6g} instead of {before:.6g}")
+            if now != before and name != "seconds":
+                differences.append(f"{column.replace('_', ' ')} {now:.6g} instead of {before:.6g}")
             if name in LIMITS and abs(now - before) > LIMITS[name] * abs(before):
                 is_close = False
         here = self._machine()
@@ -544,7 +538,6 @@ def list_runs(folder):
 
     A file that cannot be read is named in a line, and left out.
     """
-    recorded = recorded_runs()
     paths = sorted(Path(folder).expanduser().glob("*.pt"), key=lambda path: path.stat().st_mtime)
     runs = []
     for path in paths:
@@ -555,19 +548,20 @@ def list_runs(folder):
             print(f"Left out: {path} is {NO_CHECKPOINT} ({type(error).__name__})")
             continue
         summary = report["summary"]
-        seeds = recorded_seeds(summary, recorded)
-        runs.append(SavedRun(path.name, summary, History(**report["history"]), report["sources"], seeds))
+        history = History(**report["history"])
+        runs.append(SavedRun(path.name, summary, history, report["sources"], recorded_seeds(summary)))
     return runs
 
 
-def recorded_seeds(summary, recorded):
+def recorded_seeds(summary):
     """Return the recorded runs of the network of a run, as a list of `History`, if it was tested on MNIST."""
     network = summary["network"].split()[0]
     if summary["data"].split(",")[0] != "MNIST":
         return []
-    return list(recorded.get((network, "described"), {}).values())
+    return list(recorded_runs().get((network, "described"), {}).values())
 
 
+@functools.cache
 def recorded_runs():
     """Return the runs on a CPU that benchmarks/accuracy.csv contains.
 

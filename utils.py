@@ -82,7 +82,10 @@ def train(model, device, train_loader, optimizer, criterion):
             if batch_id % refresh_every == 0 or batch_id == len(train_loader) - 1:
                 loss = loss.item()
                 if not math.isfinite(loss):
-                    raise FloatingPointError(explain_loss(loss, data, batch_id))
+                    raise FloatingPointError(
+                        f"batch {batch_id}: the loss is {loss}: lower the learning rate, or check the images,"
+                        " the network and the loss"
+                    )
                 accuracy = 100 * correct.item() / count
                 text = f"Train: Loss={loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
                 bar.set_description(text, refresh=False)
@@ -127,16 +130,6 @@ def test(model, device, test_loader, criterion):
     return loss, accuracy
 
 
-def explain_loss(loss, data, batch_id):
-    """Return what to do about a loss that is not finite."""
-    text = f"batch {batch_id}: the loss is {loss}"
-    if not data.isfinite().all():
-        return f"{text}, because the images contain NaN or infinity: check the data set and its transforms"
-    if batch_id == 0:
-        return f"{text}: check the network and the loss, or lower the learning rate if an epoch was trained"
-    return f"{text}: lower the learning rate"
-
-
 def sum_exactly(losses):
     """Return the sum of a list of scalar tensors as a number; float32 would lose digits."""
     return torch.stack(losses).cpu().double().sum().item()
@@ -147,6 +140,16 @@ def choose_device():
     if torch.cuda.is_available():
         return "cuda"
     return "cpu"
+
+
+def unwrap(model):
+    """Return the module inside of `torch.compile` or `nn.DataParallel`, and any other model as it is."""
+    if isinstance(model, nn.DataParallel):
+        return unwrap(model.module)
+    return getattr(model, "_orig_mod", model)  # set by torch.compile
+
+
+# ---- in a notebook ----
 
 
 class ProgressLine(io.TextIOBase):
@@ -170,13 +173,6 @@ def progress_file():
     if hasattr(get_ipython(), "kernel"):
         return ProgressLine()
     return sys.stdout
-
-
-def unwrap(model):
-    """Return the module inside of `torch.compile` or `nn.DataParallel`, and any other model as it is."""
-    if isinstance(model, nn.DataParallel):
-        return unwrap(model.module)
-    return getattr(model, "_orig_mod", model)  # set by torch.compile
 
 
 def reload_edited_files():

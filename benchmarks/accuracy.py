@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 import common
+import tables
 import torch
 from search import Candidate
 from torch import nn
@@ -20,15 +21,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import utils
-from model import MODELS, Model1, Model2, Model4, Model5, Network, conv, conv_block
+from model import MODELS, Model1, Model2, Network, conv, conv_block
 from runs import RECORDED, ROOT, describe_machine
 from utils import RECIPES
 
 CSV = ROOT / "benchmarks" / "accuracy.csv"
-RECIPE = RECIPES["Model4"]
-NOT_AUGMENTED = replace(RECIPE, augmentation=None)
-AUGMENTED_UNTIL_THE_END = replace(RECIPE, clean_epochs=0)
-CONSTANT_RATE = {"step_size": 1, "gamma": 1.0}  # arguments of StepLR
+# The runs of the pages, by model and schedule: those of the tables, and others that the text mentions
+EXPERIMENTS = {("Model1", "constant"), ("Model5", "average"), ("Model5", "again")}
+EXPERIMENTS |= {(name, "described") for name in (*MODELS, "Model4 even widths")}
+for schedules in tables.CROSSING.values():
+    EXPERIMENTS.update(zip(tables.CROSSED, schedules, strict=True))
+for changes in tables.CHANGES.values():
+    EXPERIMENTS.update(changes.values())
 
 
 class GrowingWidths(Network):
@@ -66,65 +70,54 @@ def create_with_early_norm():
     model = Model2()
     for block in model.children():
         if isinstance(block, nn.Sequential) and len(block) == 3:
-            relu = block[1]
-            block[1] = block[2]
-            block[2] = relu
+            block[1], block[2] = block[2], block[1]
     return model
 
 
-create_separable = partial(Candidate, [16, 16], [32, 32, 32, 32, 40], "separable")
-EXPERIMENTS = {  # from (model, schedule), as in accuracy.csv, to what creates the network, and the recipe
-    ("Model1", "constant"): (Model1, replace(RECIPES["Model1"], scheduler_args=CONSTANT_RATE)),
-    ("Model1", "no_dropout"): (partial(Model1, dropout=0), RECIPES["Model1"]),
-    # two networks with four recipes: "described" of Model2, of Model4, and these
-    ("Model4", "model2"): (Model4, RECIPES["Model2"]),
-    ("Model2", "rate"): (Model2, NOT_AUGMENTED),
-    ("Model4", "rate"): (Model4, NOT_AUGMENTED),
-    ("Model2", "augment"): (Model2, AUGMENTED_UNTIL_THE_END),
-    ("Model4", "augment"): (Model4, AUGMENTED_UNTIL_THE_END),
-    ("Model2", "clean_epochs"): (Model2, RECIPE),
-    # Model2's to Model4's recipe with the separable network, and another network of the search
-    ("Model4 separable", "model2"): (create_separable, RECIPES["Model2"]),
-    ("Model4 separable", "rate"): (create_separable, NOT_AUGMENTED),
-    ("Model4 separable", "augment"): (create_separable, AUGMENTED_UNTIL_THE_END),
-    ("Model4 separable", "described"): (create_separable, RECIPE),
-    ("Model4 even widths", "described"): (
-        partial(Candidate, [10, 10], [14, 14, 14, 14], "conv-bn-relu"),
-        RECIPE,
-    ),
-    # the parts of optimizer and scheduler, without augmentation
-    ("Model4", "plain_sgd"): (Model4, replace(NOT_AUGMENTED, sgd=dict(lr=0.1, momentum=0.9))),
-    ("Model4", "two_drops"): (
-        Model4,
-        replace(NOT_AUGMENTED, scheduler_args=RECIPES["Model2"].scheduler_args),
-    ),
-    ("Model4", "constant"): (Model4, replace(NOT_AUGMENTED, scheduler_args=CONSTANT_RATE)),
-    ("Model4", "low_constant"): (
-        Model4,
-        replace(NOT_AUGMENTED, sgd={**RECIPE.sgd, "lr": 0.01}, scheduler_args=CONSTANT_RATE),
-    ),
-    # the parts of the network, with Model4's recipe
-    ("Model2 with ReLU and BatchNorm in convblock3", "clean_epochs"): (
-        create_with_nonlinear_convblock3,
-        RECIPE,
-    ),
-    ("Model2 with an average", "clean_epochs"): (create_with_average, RECIPE),
-    ("Model2 with BatchNorm before ReLU", "clean_epochs"): (create_with_early_norm, RECIPE),
-    ("Model2 with growing widths", "clean_epochs"): (GrowingWidths, RECIPE),
-    ("Model4", "adamw"): (Model4, RECIPE),  # with another optimizer
-    # tested with an average of the weights
-    ("Model4", "average"): (Model4, RECIPE),
-    ("Model5", "average"): (Model5, RECIPES["Model5"]),
-    ("Model5", "again"): (Model5, RECIPES["Model5"]),  # as described, on the processor of its `average`
+NETWORKS = {  # what creates a network, by its name in accuracy.csv
+    **MODELS,
+    "Model4 separable": partial(Candidate, "16 16", "32 32 32 32 40", "separable"),
+    "Model4 even widths": partial(Candidate, "10 10", "14 14 14 14", "conv-bn-relu"),
+    "Model2 with ReLU and BatchNorm in convblock3": create_with_nonlinear_convblock3,
+    "Model2 with an average": create_with_average,
+    "Model2 with BatchNorm before ReLU": create_with_early_norm,
+    "Model2 with growing widths": GrowingWidths,
 }
-for model_name in MODELS:
-    EXPERIMENTS[model_name, "described"] = (MODELS[model_name], RECIPES[model_name])
+
+
+def recipes_of(name):
+    """Return the recipes of a network by the name of their schedule in accuracy.csv."""
+    model2 = RECIPES["Model2"]
+    model4 = RECIPES["Model4"]
+    own = RECIPES.get(name, model4)
+    rate = replace(model4, augmentation=None)
+    constant = {"step_size": 1, "gamma": 1.0}  # arguments of StepLR
+    return {
+        "described": own,
+        "no_dropout": own,  # with another network
+        "adamw": own,  # with another optimizer
+        "average": own,  # tested with an average of the weights
+        "again": own,  # on the processor of `average`
+        "constant": replace(own, augmentation=None, scheduler_args=constant),
+        # from Model2's to Model4's
+        "model2": model2,
+        "rate": rate,
+        "augment": replace(model4, clean_epochs=0),
+        "clean_epochs": model4,
+        # the parts of optimizer and scheduler, without augmentation
+        "plain_sgd": replace(rate, sgd=dict(lr=0.1, momentum=0.9)),
+        "two_drops": replace(rate, scheduler_args=model2.scheduler_args),
+        "low_constant": replace(rate, sgd={**model4.sgd, "lr": 0.01}, scheduler_args=constant),
+    }
 
 
 def train_and_describe(name, schedule, seed, data):
     """Train one model with one seed; return the rows of accuracy.csv, one per epoch."""
     device = utils.choose_device()
-    create, recipe = EXPERIMENTS[name, schedule]
+    recipe = recipes_of(name)[schedule]
+    create = NETWORKS[name]
+    if schedule == "no_dropout":
+        create = partial(Model1, dropout=0)
     torch.manual_seed(seed)
     model = create().to(device)
     if schedule == "adamw":
@@ -154,7 +147,7 @@ def main():
     data = utils.load_data(standin=False)
     device = describe_machine(utils.choose_device())["device"]
     for seed in args.seeds:
-        for name, schedule in tqdm(EXPERIMENTS, desc=f"seed {seed}"):
+        for name, schedule in tqdm(sorted(EXPERIMENTS), desc=f"seed {seed}"):
             columns = {"model": name, "schedule": schedule, "seed": str(seed), "device": device}
             if args.only in f"{name} {schedule}" and not common.is_recorded(columns, CSV):
                 common.append_rows(train_and_describe(name, schedule, seed, data), CSV)

@@ -2,13 +2,12 @@
 
     python benchmarks/epoch_time.py             five rounds of Models 3 and 4, added to epoch_time.csv
     python benchmarks/epoch_time.py --busy      the same beside a busy process, without compute only
-    python benchmarks/epoch_time.py --tenth     the same with a tenth of the data
 
-README.md in this folder describes the variants. Each is first run once on a tenth of the data, so that
-one-time costs are not included. A round measures the variants of a model one after another, in random
-order, and adds a row for each to the file; rounds of several calls with one processor are evaluated
-together. Nothing else should run on the machine. The environment variables OMP_NUM_THREADS and
-GOMP_SPINCOUNT (see common.py) can be set to compare their values.
+README.md in this folder describes the variants. A round measures the variants of a model one after another,
+in random order, and adds a row for each to the file. One more round, before the others, is not recorded, so
+that one-time costs are not included. Rounds of several calls with one processor are evaluated together.
+Nothing else should run on the machine. The environment variables OMP_NUM_THREADS and GOMP_SPINCOUNT (see
+common.py) can be set to compare their values.
 """
 
 import argparse
@@ -36,17 +35,16 @@ from runs import ROOT, describe_machine
 CSV = ROOT / "benchmarks" / "epoch_time.csv"
 MEASURED = ("Model3", "Model4")
 ROUNDS = 5
-DATALOADER = "DataLoader"
-WORKERS = "DataLoader, 4 workers"
 REPOSITORY = "this repository"
 COMPUTE_ONLY = "compute only"
-BASELINES = [DATALOADER, WORKERS, COMPUTE_ONLY]
+WORKERS = {"DataLoader": 0, "DataLoader, 4 workers": 4}  # processes of each baseline with a DataLoader
+BASELINES = [*WORKERS, COMPUTE_ONLY]
 
 
 def create_loader(variant, recipe, train_set, device):
     """Return the batches of a variant, with the recipe's augmentation unless it is compute only.
 
-    A DataLoader reads the same number of images from torchvision's MNIST, as most MNIST examples do.
+    A DataLoader reads torchvision's MNIST, as most MNIST examples do.
     """
     if variant == COMPUTE_ONLY:
         return list(utils.BatchLoader(train_set, recipe.batch_size, device))
@@ -62,13 +60,8 @@ def create_loader(variant, recipe, train_set, device):
         steps.insert(0, transforms.RandomAffine(amounts["degrees"], (shift, shift), (1 - scale, 1 + scale)))
     root = Path(os.environ.get("MNIST_ROOT") or "./data").expanduser()
     dataset = datasets.MNIST(root, transform=transforms.Compose(steps))
-    dataset.data = dataset.data[: len(train_set)]
-    dataset.targets = dataset.targets[: len(train_set)]
-    workers = 0
-    if variant == WORKERS:
-        workers = 4
     return DataLoader(
-        dataset, recipe.batch_size, shuffle=True, num_workers=workers, pin_memory=device == "cuda"
+        dataset, recipe.batch_size, shuffle=True, num_workers=WORKERS[variant], pin_memory=device == "cuda"
     )
 
 
@@ -105,25 +98,18 @@ def measure(name, variant, train_set, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--busy", action="store_true", help="measure beside one busy process")
-    parser.add_argument("--tenth", action="store_true", help="use a tenth of the data")
     args = parser.parse_args()
     device = utils.choose_device()
     train_set, _ = utils.load_data(standin=False)
-    tenth = train_set[: len(train_set) // 10]
-    if args.tenth:
-        train_set = tenth
     variants = [REPOSITORY, *BASELINES]
     if device == "cpu":
-        variants.remove(WORKERS)
+        variants.remove("DataLoader, 4 workers")
     if args.busy:
         # In a session of its own, like a program started elsewhere: Linux shares the CPUs between sessions
         process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
         atexit.register(process.kill)
         variants.remove(COMPUTE_ONLY)
-    for name in tqdm(MEASURED, desc="warm-up"):
-        for variant in variants:
-            measure(name, variant, tenth, device)
-    for _ in tqdm(range(ROUNDS), desc="rounds"):
+    for number in tqdm(range(ROUNDS + 1), desc="rounds"):
         random.shuffle(variants)
         for name in MEASURED:
             rows = []
@@ -137,7 +123,8 @@ def main():
                     "seconds": f"{measure(name, variant, train_set, device):.3f}",
                 }
                 rows.append(row | describe_machine(device))
-            common.append_rows(rows, CSV)
+            if number > 0:
+                common.append_rows(rows, CSV)
 
 
 if __name__ == "__main__":

@@ -15,32 +15,29 @@ import plots
 from model import MODELS
 from runs import recorded_runs
 
-WIDTH = 6.5  # inches, as in the notebook; the text stays legible on a phone
-SEPARABLE_COLOR = "#009E73"
-TARGET_LINE = {"color": "gray", "linestyle": "--", "linewidth": 1, "label": f"{plots.TARGET_ACCURACY} %"}
+STYLES = [  # label, color and marker of tables.CROSSED
+    ("Model2's network", plots.TRAIN_COLOR, "s"),
+    ("Model4's network", plots.TEST_COLOR, "o"),
+    ("separable network", "#009E73", "^"),
+]
 
 plt.rcParams["font.size"] = 11
 
 
 def plot_crossing(runs):
     """Plot the mean of the last epochs for each recipe: a line per network, and a dot per seed."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 4.8), layout="constrained")
-    positions = range(len(tables.CROSSING))
-    styles = [
-        ("Model2's network", plots.TRAIN_COLOR, "s"),
-        ("Model4's network", plots.TEST_COLOR, "o"),
-        ("separable network", SEPARABLE_COLOR, "^"),
-    ]
-    for network, (label, color, marker) in enumerate(styles):
+    figure, axis = plt.subplots(figsize=(6.5, 4.8), layout="constrained")  # inches; legible on a phone
+    for column, (network, (label, color, marker)) in enumerate(zip(tables.CROSSED, STYLES, strict=True)):
         means = []
-        for position, keys in enumerate(tables.CROSSING.values()):
-            values = list(map(plots.mean_of_last_epochs, runs[keys[network]].values()))
-            x = position - 0.1 + 0.1 * network  # side by side
+        for row, schedules in enumerate(tables.CROSSING.values()):
+            values = list(map(plots.mean_of_last_epochs, runs[network, schedules[column]].values()))
+            x = row - 0.1 + 0.1 * column  # side by side
             axis.scatter([x] * len(values), values, color=color, marker=marker, alpha=0.45, s=30, linewidth=0)
             means.append(statistics.mean(values))
-        axis.plot(positions, means, color=color, marker=marker, markersize=8, linewidth=2.4, label=label)
-    axis.axhline(plots.TARGET_ACCURACY, **TARGET_LINE)
-    axis.set_xticks(positions, [textwrap.fill(recipe, 15) for recipe in tables.CROSSING])
+        axis.plot(means, color=color, marker=marker, markersize=8, linewidth=2.4, label=label)
+    target = plots.TARGET_ACCURACY
+    axis.axhline(target, color="gray", linestyle="--", linewidth=1, label=f"{target} %")
+    axis.set_xticks(range(len(tables.CROSSING)), [textwrap.fill(recipe, 15) for recipe in tables.CROSSING])
     axis.set(xlabel="recipe", ylabel=f"test accuracy (%), mean of the last {plots.LAST_EPOCHS} epochs")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")

@@ -49,41 +49,35 @@ BLOCKS = {  # by the name in search.csv
 class Candidate(Network):
     """A network like Model4, with other numbers of channels and other blocks.
 
-    `before` and `after` list the output channels of the blocks before and after the pool, and `block` is a
-    name in `BLOCKS`.
+    The arguments are those of search.csv: the output channels of the blocks `before` and `after` the pool,
+    such as "8 8" and "12 14 16 16", and the name of a `block`.
     """
 
     def __init__(self, before, after, block):
         super().__init__()
-        channels = before + after
-        create_block = BLOCKS[block]
+        channels = list(map(int, f"{before} {after}".split()))
         self.block1 = normalized_block(1, channels[0])
         if block == "conv-relu-bn":
             self.block1 = conv_block(1, channels[0])
         for number, (in_channels, out_channels) in enumerate(pairwise(channels), 2):
-            if number == len(before) + 1:
+            if number == len(before.split()) + 1:
                 self.pool = nn.MaxPool2d(2)
-            self.add_module(f"block{number}", create_block(in_channels, out_channels))
+            self.add_module(f"block{number}", BLOCKS[block](in_channels, out_channels))
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.logits = conv(channels[-1], 10)
         if block == "separable":
             self.to(memory_format=torch.channels_last)
 
 
-def changed_recipe(changes):
-    """Return `BASE` with the changes of a configuration."""
-    if "augmentation" in changes:
-        changes = {**changes, "augmentation": partial(utils.random_affine, **changes["augmentation"])}
-    return replace(BASE, **changes)
-
-
 def train_and_describe(columns, data):
     """Train the configuration that the first columns of search.csv describe; return the whole row."""
-    recipe = changed_recipe(json.loads(columns["changes"]))
-    before = list(map(int, columns["before"].split()))
-    after = list(map(int, columns["after"].split()))
+    device = utils.choose_device()
+    changes = json.loads(columns["changes"])
+    if "augmentation" in changes:
+        changes["augmentation"] = partial(utils.random_affine, **changes["augmentation"])
+    recipe = replace(BASE, **changes)
     torch.manual_seed(int(columns["seed"]))
-    model = Candidate(before, after, columns["block"]).to(utils.choose_device())
+    model = Candidate(columns["before"], columns["after"], columns["block"]).to(device)
     optimizer = torch.optim.SGD(model.parameters(), **recipe.sgd)
     name = "search-" + re.sub("[^A-Za-z0-9.]+", "-", " ".join(columns.values()))
     history = common.train_model(name, model, optimizer, recipe, data, int(columns["seed"]))
@@ -95,7 +89,7 @@ def train_and_describe(columns, data):
         "loss_last_five": round(statistics.mean(history.test_losses[-plots.LAST_EPOCHS :]), 5),
         "val_acc_by_epoch": " ".join(f"{accuracy:.2f}" for accuracy in history.test_acc),
         "seconds": round(statistics.median(history.seconds), 1),
-        **describe_machine(utils.choose_device()),
+        **describe_machine(device),
     }
 
 

@@ -11,7 +11,6 @@ standard error.
 
 import json
 import statistics
-from itertools import groupby
 
 import common
 import epoch_time
@@ -34,55 +33,51 @@ MEASURES = {  # of a run, by the title of their column
     "last": lambda history: history.test_acc[-1],
     "min": plots.lowest_of_last_epochs,
 }
-PUBLISHED = {  # the best train and test accuracy of the published runs, and the epochs of the latter
-    "Model1": (88.88, 98.53, "15"),
-    "Model2": (99.50, 99.11, "11"),
-    "Model3": (99.50, 99.28, "12, 14"),
+PUBLISHED = {  # cells about the published runs: best train and test accuracy, and the epochs of the latter
+    "Model1": ["88.88", "98.53", "", "", "15"],
+    "Model2": ["99.50", "99.11", "", "", "11"],
+    "Model3": ["99.50", "99.28", "", "", "12, 14"],
 }
-CROSSING = {  # four recipes, from Model2's to Model4's: the runs of three networks, as model and schedule
-    "Model2's": [("Model2", "described"), ("Model4", "model2"), ("Model4 separable", "model2")],
-    "Model4's optimizer and scheduler": [
-        ("Model2", "rate"),
-        ("Model4", "rate"),
-        ("Model4 separable", "rate"),
-    ],
-    "and augmentation": [("Model2", "augment"), ("Model4", "augment"), ("Model4 separable", "augment")],
-    "and original images at the end": [
-        ("Model2", "clean_epochs"),
-        ("Model4", "described"),
-        ("Model4 separable", "described"),
-    ],
+CROSSED = ("Model2", "Model4", "Model4 separable")  # networks
+CROSSING = {  # four recipes, from Model2's to Model4's: their schedules in accuracy.csv for each of CROSSED
+    "Model2's": ("described", "model2", "model2"),
+    "Model4's optimizer and scheduler": ("rate", "rate", "rate"),
+    "and augmentation": ("augment", "augment", "augment"),
+    "and original images at the end": ("clean_epochs", "described", "described"),
 }
-STEPS = {  # from Model1 to Model4, one part at a time
-    "Model1": ("Model1", "described"),
-    "Model1 without dropout": ("Model1", "no_dropout"),
-    "Model2's network": ("Model2", "described"),
-    "Model4's optimizer and scheduler": ("Model2", "rate"),
-    "augmentation": ("Model2", "augment"),
-    "no augmentation in the last epochs": ("Model2", "clean_epochs"),
-    "Model4's network": ("Model4", "described"),
-}
-OPTIMIZER = {  # Model4 without augmentation, and with parts of optimizer and scheduler changed
-    "Model4's optimizer and scheduler": ("Model4", "rate"),
-    "neither Nesterov momentum nor weight decay": ("Model4", "plain_sgd"),
-    "from 0.1 with Model2's StepLR": ("Model4", "two_drops"),
-    "constant rate, 0.1": ("Model4", "constant"),
-    "constant rate, 0.01": ("Model4", "low_constant"),
-    "Model2's optimizer and scheduler": ("Model4", "model2"),
-}
-NETWORK = {  # Model2's network with one part of Model4's, trained with Model4's recipe
-    "Model2's network": ("Model2", "clean_epochs"),
-    "ReLU and BatchNorm in convblock3": ("Model2 with ReLU and BatchNorm in convblock3", "clean_epochs"),
-    "average and 1×1 convolution at the end": ("Model2 with an average", "clean_epochs"),
-    "BatchNorm before ReLU": ("Model2 with BatchNorm before ReLU", "clean_epochs"),
-    "wider toward the end": ("Model2 with growing widths", "clean_epochs"),
-    "Model4's network": ("Model4", "described"),
-}
-WITHOUT = {  # Model4, and Model4 with a part of its recipe changed
-    "Model4": ("Model4", "described"),
-    "no augmentation": ("Model4", "rate"),
-    "augmentation until the end": ("Model4", "augment"),
-    "tested with an average of the weights": ("Model4", "average"),
+CHANGES = {  # tables by name; a row is a title and its runs, given by model and schedule in accuracy.csv
+    "steps": {  # from Model1 to Model4, one part at a time
+        "Model1": ("Model1", "described"),
+        "Model1 without dropout": ("Model1", "no_dropout"),
+        "Model2's network": ("Model2", "described"),
+        "Model4's optimizer and scheduler": ("Model2", "rate"),
+        "augmentation": ("Model2", "augment"),
+        "no augmentation in the last epochs": ("Model2", "clean_epochs"),
+        "Model4's network": ("Model4", "described"),
+    },
+    "without": {  # Model4, and Model4 with a part of its recipe changed
+        "Model4": ("Model4", "described"),
+        "no augmentation": ("Model4", "rate"),
+        "augmentation until the end": ("Model4", "augment"),
+        "AdamW, 0.01": ("Model4", "adamw"),
+        "tested with an average of the weights": ("Model4", "average"),
+    },
+    "optimizer": {  # Model4 without augmentation, and with parts of optimizer and scheduler changed
+        "Model4's optimizer and scheduler": ("Model4", "rate"),
+        "neither Nesterov momentum nor weight decay": ("Model4", "plain_sgd"),
+        "from 0.1 with Model2's StepLR": ("Model4", "two_drops"),
+        "constant rate, 0.1": ("Model4", "constant"),
+        "constant rate, 0.01": ("Model4", "low_constant"),
+        "Model2's optimizer and scheduler": ("Model4", "model2"),
+    },
+    "network": {  # Model2's network with one part of Model4's, trained with Model4's recipe
+        "Model2's network": ("Model2", "clean_epochs"),
+        "ReLU and BatchNorm in convblock3": ("Model2 with ReLU and BatchNorm in convblock3", "clean_epochs"),
+        "average and 1×1 convolution at the end": ("Model2 with an average", "clean_epochs"),
+        "BatchNorm before ReLU": ("Model2 with BatchNorm before ReLU", "clean_epochs"),
+        "wider toward the end": ("Model2 with growing widths", "clean_epochs"),
+        "Model4's network": ("Model4", "described"),
+    },
 }
 
 # ---- cells ----
@@ -90,11 +85,7 @@ WITHOUT = {  # Model4, and Model4 with a part of its recipe changed
 
 def paired_differences(measure, runs, baseline):
     """Return the differences of a measure between runs with the same seed, given by seed."""
-    differences = []
-    for seed, run in runs.items():
-        if seed in baseline:
-            differences.append(measure(run) - measure(baseline[seed]))
-    return differences
+    return [measure(runs[seed]) - measure(baseline[seed]) for seed in runs.keys() & baseline.keys()]
 
 
 def gain_cell(differences):
@@ -128,24 +119,22 @@ def schedules_table(name, runs):
     """Return the accuracy of a model per schedule, the gain of the described one, and what was published."""
     constant = runs[name, "constant"]
     described = runs[name, "described"]
-    columns = [["constant", "described", "gain", "seeds won"]]
-    for measure in MEASURES.values():
-        differences = paired_differences(measure, described, constant)
-        wins = sum(difference > 0 for difference in differences)
-        column = [
-            mean_and_deviation(list(map(measure, constant.values()))),
-            mean_and_deviation(list(map(measure, described.values()))),
-            gain_cell(differences),
-            f"{wins} of {len(differences)}",
-        ]
-        columns.append(column)
-    columns.append([best_epochs(constant.values()), best_epochs(described.values()), "", ""])
-    rows = list(zip(*columns, strict=True))
+    rows = []
+    for schedule, histories in (("constant", constant), ("described", described)):
+        cells = [mean_and_deviation(list(map(measure, histories.values()))) for measure in MEASURES.values()]
+        rows.append([schedule, *cells, best_epochs(histories.values())])
+    differences = [paired_differences(measure, described, constant) for measure in MEASURES.values()]
+    rows.append(["gain", *map(gain_cell, differences), ""])
+    rows.append(["seeds won", *map(seeds_won, differences), ""])
     if constant == described:
         rows = [["constant = described", *rows[0][1:]]]
-    train_acc, test_acc, epochs = PUBLISHED[name]
-    rows.append(["published", f"{train_acc:.2f}", f"{test_acc:.2f}", "", "", epochs])
+    rows.append(["published", *PUBLISHED[name]])
     return markdown_table(["schedule", *MEASURES, "best epoch"], rows)
+
+
+def seeds_won(differences):
+    """Return how many of some paired differences are positive."""
+    return f"{sum(difference > 0 for difference in differences)} of {len(differences)}"
 
 
 def best_epochs(histories):
@@ -169,14 +158,12 @@ def seeds_table(name, runs):
 def crossing_table(runs):
     """Return the mean of the last epochs of three networks per recipe, and the differences from the first."""
     rows = []
-    for recipe, keys in CROSSING.items():
-        cells = [recipe]
-        for key in keys:
-            means = list(map(plots.mean_of_last_epochs, runs[key].values()))
-            cells.append(mean_and_deviation(means))
-            if key != keys[0]:
-                differences = paired_differences(plots.mean_of_last_epochs, runs[key], runs[keys[0]])
-                cells.append(gain_cell(differences))
+    for recipe, schedules in CROSSING.items():
+        baseline, *others = [runs[key] for key in zip(CROSSED, schedules, strict=True)]
+        cells = [recipe, result_cells(baseline.values())[0]]
+        for network in others:
+            differences = paired_differences(plots.mean_of_last_epochs, network, baseline)
+            cells += [result_cells(network.values())[0], gain_cell(differences)]
         rows.append(cells)
     return markdown_table(["recipe", "Model2", "Model4", "difference", "separable", "difference"], rows)
 
@@ -214,26 +201,6 @@ def group_by(rows, *columns):
 def numbers(rows, column):
     """Return a column of some rows as numbers."""
     return [float(row[column]) for row in rows]
-
-
-def layers_table(name):
-    """Return how the receptive field of a model grows from block to block, and where its parameters are.
-
-    A block is described by the kernel of its largest layer; its other layers do not change the field. A jump
-    is the distance of neighboring values before the block, in pixels of the image.
-    """
-    rows = []
-    jump = 1
-    table = plots.layer_table(create_model(name))
-    for block, group in groupby(table, lambda layer: layer.name.split(".")[0]):
-        layers = list(group)
-        largest = max(layers, key=lambda layer: layer.kernel)
-        output = "×".join(map(str, layers[-1].output))
-        field = layers[-1].receptive_field
-        parameters = sum(layer.parameters for layer in layers)
-        rows.append([block, output, largest.kernel, largest.stride, jump, field, f"{parameters:,}"])
-        jump *= largest.stride
-    return markdown_table(["block", "output", "kernel", "stride", "jump", "field", "parameters"], rows)
 
 
 def search_table(rows):
@@ -309,9 +276,7 @@ def baseline_cell(seconds, baseline):
 def columns_table(rows):
     """Return all rows of a CSV file, without the `HIDDEN` columns."""
     columns = [column for column in rows[0] if column not in HIDDEN]
-    lines = []
-    for row in rows:
-        lines.append([row[column] for column in columns])
+    lines = [[row[column] for column in columns] for row in rows]
     return markdown_table([column.replace("_", " ") for column in columns], lines)
 
 
@@ -324,10 +289,6 @@ def create_tables():
     tables = {
         "overview": overview_table(runs),
         "crossing": crossing_table(runs),
-        "steps": changes_table(STEPS, runs, step_by_step=True),
-        "without": changes_table(WITHOUT, runs),
-        "optimizer": changes_table(OPTIMIZER, runs),
-        "network": changes_table(NETWORK, runs),
         "search": search_table(common.read_rows(FOLDER / "search.csv")),
         "dropout ablation": dropout_table(common.read_rows(FOLDER / "dropout_ablation.csv")),
         "own digits": columns_table(common.read_rows(FOLDER / "own_digits.csv")),
@@ -335,8 +296,10 @@ def create_tables():
         "drawing field": columns_table(common.read_rows(FOLDER / "drawing.csv")),
         "epoch time": epoch_time_table(common.read_rows(FOLDER / "epoch_time.csv")),
     }
+    for name, changes in CHANGES.items():
+        tables[name] = changes_table(changes, runs, step_by_step=name == "steps")
     for name in MODELS:
-        tables[f"{name} layers"] = layers_table(name)
+        tables[f"{name} layers"] = plots.summarize_model(create_model(name)).data
         if name in PUBLISHED:
             tables[f"{name} schedules"] = schedules_table(name, runs)
         else:

@@ -7,7 +7,9 @@ import pytest
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 import utils
-from model import MODELS
+from model import MODELS, Model2, create_model
+
+LOWEST = dict(model="Model4", epochs=1, batch_size=1, seed=0, resume=1, checkpoints="a")  # all valid
 
 
 @pytest.mark.parametrize(
@@ -24,10 +26,6 @@ def test_setting_is_that_of_the_environment_if_there_is_one(monkeypatch, text, d
     assert utils.setting("NAME", default) == expected
 
 
-def test_lowest_settings_are_accepted():
-    utils.check_settings(model="Model4", epochs=1, batch_size=1, seed=0, resume=1, checkpoints="a")
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -40,15 +38,18 @@ def test_lowest_settings_are_accepted():
     ],
 )
 def test_invalid_setting_is_named(name, value):
-    settings = dict(model="Model4", epochs=15, batch_size=None, seed=1, resume=False, checkpoints="a")
-    settings[name] = value
+    utils.check_settings(**LOWEST)
     with pytest.raises(ValueError, match=f"^{name.upper()} is {value!r}: "):
-        utils.check_settings(**settings)
+        utils.check_settings(**LOWEST | {name: value})
 
 
-def test_unknown_network_names_both_tables():
+def test_new_network_needs_an_entry_in_both_tables(monkeypatch):
     with pytest.raises(ValueError, match="MODELS .*model.py.* RECIPES .*utils.py"):
-        utils.check_settings("Model6", epochs=15, batch_size=None, seed=1, resume=False, checkpoints="a")
+        utils.check_settings(**LOWEST | {"model": "New"})
+    monkeypatch.setitem(MODELS, "New", Model2)
+    monkeypatch.setitem(utils.RECIPES, "New", utils.RECIPES["Model2"])
+    utils.check_settings(**LOWEST | {"model": "New", "batch_size": None})
+    assert isinstance(create_model("New"), Model2)
 
 
 def test_recipes_of_the_published_models_are_the_published_ones():
