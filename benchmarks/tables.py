@@ -146,7 +146,7 @@ def best_epochs(histories):
 def seeds_table(name, runs):
     """Return the accuracy of each run of a model, trained as described; the last row is about all runs."""
     histories = runs[name, "described"]
-    groups = {seed: [history] for seed, history in histories.items()}
+    groups = {seed: [history] for seed, history in sorted(histories.items())}
     groups["all"] = histories.values()
     rows = []
     for seed, group in groups.items():

@@ -221,6 +221,7 @@ def test_cases_are_titled_with_the_gap_and_the_spread_of_the_last_epoch(figures)
     accuracies = values_of(axis.lines[3:6])
     assert accuracies == [[98.5, 99.0], [98.7, 99.2], pytest.approx([98.6, 99.1])]
     assert axis.get_title() == "one\ntest 99.10 ± 0.14\ngap 0.40"
+    assert axis.get_ylim() == (98, 100)
     assert "one: test 99.10 ± 0.14, gap 0.40; other" in figures[0].alt
 
 
