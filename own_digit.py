@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
-from plots import AS_PIXELS, TEST_COLOR, show_figure
+from plots import AS_PIXELS, NO_TICKS, TEST_COLOR, show_figure
 from utils import MEAN, SIDE, STD
 
 WORKING_SIZE = 256  # longest side, in pixels, of the picture in which the digit is looked for
@@ -38,29 +38,12 @@ class Component(NamedTuple):
 
     threshold: float  # share of the darkest ink
     mask: torch.Tensor  # (H, W)
-    top: int
-    bottom: int  # exclusive
-    left: int
-    right: int  # exclusive
+    box: tuple  # top, bottom, left and right of the mask; bottom and right are exclusive
+    height: int
+    width: int
     peak: torch.Tensor  # its darkest ink
     border: torch.Tensor  # number of its pixels on the picture's border
-    energy: torch.Tensor  # sum of the squared contrast along its outline: high for strokes, low for shading
-
-    @property
-    def height(self):
-        return self.bottom - self.top
-
-    @property
-    def width(self):
-        return self.right - self.left
-
-    @property
-    def may_be_digit(self):
-        return self.width < MAX_ASPECT * self.height
-
-    @property
-    def score(self):
-        return self.energy * (1 - self.border / (self.height + self.width))  # shadows lie along the border
+    score: torch.Tensor  # how likely it is a digit: squared contrast along its outline; 0 if it is too wide
 
 
 class Digit(NamedTuple):
@@ -84,14 +67,10 @@ def read_picture(image):
     if not isinstance(image, Image.Image):
         image = Image.open(Path(image).expanduser())
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 or 32 bits per pixel, which Pillow would clip at 255
-        image = image.convert("I")
-    if image.mode in ("I", "F"):
-        values = pil_to_tensor(image)[0].float()
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel, which Pillow would clip at 255
+        values = pil_to_tensor(image.convert("F"))[0]
         return (values - values.min()) / (values.max() - values.min()).clamp(min=1e-9)
     gray, alpha = pil_to_tensor(image.convert("RGBA").convert("LA")).float() / 255
-    if alpha.min() == 1:
-        return gray
     ink_is_dark = (gray * alpha).sum() < 0.5 * alpha.sum()
     return gray * alpha + (1 - alpha) * ink_is_dark
 
@@ -178,9 +157,15 @@ def find_components(ink, threshold):
     components = []
     for label in (areas > NEGLIGIBLE * longest).nonzero():
         mask = labels == label
+        box = bounding_box(mask)
+        height = box[1] - box[0]
+        width = box[3] - box[2]
         border = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
-        energy = contrast[mask & is_outline].square().sum()
-        components.append(Component(threshold, mask, *bounding_box(mask), ink[mask].max(), border, energy))
+        score = contrast[mask & is_outline].square().sum()  # high for strokes, low for shading
+        score = score * (1 - border / (height + width))  # shadows lie along the border
+        if width >= MAX_ASPECT * height:
+            score = torch.zeros(())  # no digit
+        components.append(Component(threshold, mask, box, height, width, ink[mask].max(), border, score))
     return components
 
 
@@ -195,14 +180,11 @@ def find_main(ink):
     ValueError if there is no digit.
     """
     components = []
-    frames = []
     for threshold in THRESHOLDS:
-        found = find_components(ink, threshold)
-        components += found
-        frames += [component for component in found if is_frame(component, found)]
-    components = [component for component in components if not has_box_of_any(component, frames)]
-    candidates = [component for component in components if component.may_be_digit]
-    main = max(candidates, key=lambda component: component.score, default=None)
+        components += find_components(ink, threshold)
+    frames = [frame for frame in components if any(is_around(frame, inner) for inner in components)]
+    components = [one for one in components if not any(has_same_box(one, frame) for frame in frames)]
+    main = max(components, key=lambda component: component.score, default=None)
     if main is None or main.score < MIN_CONTRAST**2 * max(ink.shape) or count_holes(main) > MAX_HOLES:
         raise ValueError("no digit found: give a picture of one digit that stands out from its background")
     return main, [component for component in components if component.threshold == main.threshold]
@@ -215,26 +197,20 @@ def count_holes(component):
     return (areas > NEGLIGIBLE**2 * component.height * component.width).sum() - 1
 
 
-def is_frame(frame, components):
-    """Return whether a component encloses one of the others that may be a digit."""
-    for inner in components:
-        is_inside = inner.top > frame.top and inner.bottom < frame.bottom
-        is_inside &= inner.left > frame.left and inner.right < frame.right
-        is_tall = inner.height > COMPARABLE * frame.height
-        if inner.may_be_digit and is_inside and is_tall:
-            return True
-    return False
+def is_around(frame, inner):
+    """Return whether a component encloses another one of its threshold that may be a digit."""
+    if frame.threshold != inner.threshold or inner.height <= COMPARABLE * frame.height:
+        return False
+    frame_top, frame_bottom, frame_left, frame_right = frame.box
+    top, bottom, left, right = inner.box
+    is_inside = top > frame_top and bottom < frame_bottom and left > frame_left and right < frame_right
+    return is_inside and inner.score > 0
 
 
-def has_box_of_any(component, frames):
+def has_same_box(component, frame):
     """Return whether the box of a component is that of a frame, apart from soft edges."""
-    tolerance = NEGLIGIBLE * max(component.height, component.width)
-    for frame in frames:
-        vertical = max(abs(component.top - frame.top), abs(component.bottom - frame.bottom))
-        horizontal = max(abs(component.left - frame.left), abs(component.right - frame.right))
-        if max(vertical, horizontal) < tolerance:
-            return True
-    return False
+    differences = [abs(one - other) for one, other in zip(component.box, frame.box, strict=True)]
+    return max(differences) < NEGLIGIBLE * max(component.height, component.width)
 
 
 def select_parts(main, components):
@@ -251,8 +227,9 @@ def select_parts(main, components):
         height = bottom - top
         reach = REACH * max(height, right - left)
         for component in components:
-            beside = max(component.left - right, left - component.right)
-            above_or_below = max(component.top - bottom, top - component.bottom)
+            part_top, part_bottom, part_left, part_right = component.box
+            beside = max(part_left - right, left - part_right)
+            above_or_below = max(part_top - bottom, top - part_bottom)
             is_cut = component.border > 0 and main.border == 0  # a neighbor, or the table
             is_faint = component.peak < COMPARABLE * main.peak
             if is_cut or is_faint:
@@ -290,45 +267,26 @@ def prepare_digit(ink):
     """Return the ink `(h, w)` of a digit as the network's input, float32 `(1, 1, 28, 28)`.
 
     As in MNIST, the digit is scaled to fit 20×20, and its center of mass is put on pixel (14, 14) of 28×28
-    (yann.lecun.com/exdb/mnist; the pixel was measured on the test images). Pale strokes are brightened.
+    (yann.lecun.com/exdb/mnist; the pixel was measured on the test images). The brightest pixel becomes 1, and
+    pale strokes are brightened to a mean of about 0.7.
     """
-    pixels = brighten(resize(ink, DIGIT_SIZE))
+    pixels = resize(ink, DIGIT_SIZE)
+    pixels = pixels / pixels.max()
+    mean = pixels[pixels > STROKE].mean()
+    pixels = (pixels * (STROKE_MEAN / mean).clamp(min=1)).clamp(max=1)
     height, width = pixels.shape
     top = center_offset(pixels.sum(dim=1))
     left = center_offset(pixels.sum(dim=0))
-    image = torch.zeros(SIDE, SIDE)
-    image[top : top + height, left : left + width] = pixels
-    return normalize(image)
-
-
-def brighten(pixels):
-    """Return pixels of which the brightest is 1, and those of strokes have a mean of about 0.7 or more."""
-    pixels = (pixels / pixels.max()).clamp(min=0)
-    mean = pixels[pixels > STROKE].mean()
-    return (pixels * (STROKE_MEAN / mean).clamp(min=1)).clamp(max=1)
+    image = torch.zeros(1, 1, SIDE, SIDE)
+    image[0, 0, top : top + height, left : left + width] = pixels
+    return (image - MEAN) / STD
 
 
 def center_offset(mass):
     """Return the position, among 28, of `mass` `(n,)` that puts its center on pixel 14."""
     center = (mass * torch.arange(len(mass))).sum() / mass.sum()
-    # A hair less than 14, so that a tie always falls to the same side
-    offset = round(13.999 - center.item())
+    offset = round(13.999 - center.item())  # a hair less than 14, so that a tie always falls to the same side
     return min(max(offset, 0), SIDE - len(mass))
-
-
-def normalize(image):
-    """Return pixels `(28, 28)` from 0 to 1 as float32 `(1, 1, 28, 28)`, normalized as in training."""
-    return (image.float().view(1, 1, SIDE, SIDE) - MEAN) / STD
-
-
-def normalize_pixels(pixels):
-    """Return an MNIST image, a tensor or an array of 28×28 pixels, as the network's input; see `predict`."""
-    pixels = torch.as_tensor(pixels)
-    if pixels.dtype == torch.uint8:
-        pixels = pixels / 255
-    if pixels.numel() != SIDE * SIDE or pixels.min() < 0 or pixels.max() > 1:
-        raise ValueError("give 28×28 pixels before normalization: uint8 from 0 to 255, or floats from 0 to 1")
-    return normalize(pixels)
 
 
 @torch.no_grad()
@@ -340,7 +298,14 @@ def predict(model, image):
     for tensors and arrays of another shape or range, such as images that are normalized already.
     """
     if isinstance(image, (torch.Tensor, np.ndarray)):
-        data = normalize_pixels(image)
+        pixels = torch.as_tensor(image)
+        if pixels.dtype == torch.uint8:
+            pixels = pixels / 255
+        if pixels.numel() != SIDE * SIDE or pixels.min() < 0 or pixels.max() > 1:
+            raise ValueError(
+                "give 28×28 pixels before normalization: uint8 from 0 to 255, or floats from 0 to 1"
+            )
+        data = (pixels.float().view(1, 1, SIDE, SIDE) - MEAN) / STD
     elif isinstance(image, Digit):
         data = image.input
     else:
@@ -353,23 +318,20 @@ def predict(model, image):
 def plot_prediction(digit, probabilities):
     """Show the picture as it was read, the `Digit`, the network's input and `probabilities` `(10,)`."""
     figure, axes = plt.subplots(2, 2, figsize=(6.5, 5.5), layout="constrained")
-    axes = axes.flatten()
-    for axis in axes[:3]:
-        axis.set(xticks=[], yticks=[])
-
+    picture, detected, data, bars = axes.flatten()
     height, width = digit.picture.shape
     top, bottom, left, right = digit.box
     frame = plt.Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=TEST_COLOR)
     shares = {"extent": (0, 1, 1, 0), "aspect": height / width}  # the coordinates of the box
-    axes[0].imshow(digit.picture.numpy(), cmap="gray", vmin=0, vmax=1, **AS_PIXELS | shares)
-    axes[0].add_patch(frame)
-    axes[0].set_title("the picture as read")
-    axes[1].imshow(digit.ink.numpy(), cmap="gray_r", vmin=0, vmax=1, **AS_PIXELS)
-    axes[1].set_title("detected digit")
-    axes[2].imshow(digit.input[0, 0].numpy(), cmap="gray_r", **AS_PIXELS)
-    axes[2].set_title("network input")
+    picture.imshow(digit.picture.numpy(), cmap="gray", vmin=0, vmax=1, **AS_PIXELS | shares)
+    picture.add_patch(frame)
+    picture.set(title="the picture as read", **NO_TICKS)
+    detected.imshow(digit.ink.numpy(), cmap="gray_r", vmin=0, vmax=1, **AS_PIXELS)
+    detected.set(title="detected digit", **NO_TICKS)
+    data.imshow(digit.input[0, 0].numpy(), cmap="gray_r", **AS_PIXELS)
+    data.set(title="network input", **NO_TICKS)
     title = f"prediction: {probabilities.argmax()} ({probabilities.max():.1%})"
-    axes[3].bar(range(10), probabilities.tolist(), color=TEST_COLOR)
-    axes[3].set(title=title, xticks=range(10), ylim=(0, 1.05), xlabel="digit", ylabel="probability")
+    bars.bar(range(10), probabilities.tolist(), color=TEST_COLOR)
+    bars.set(title=title, xticks=range(10), ylim=(0, 1.05), xlabel="digit", ylabel="probability")
     alt = f"A picture of a digit, the detected digit, the network's input, and the {title}"
     show_figure(figure, "prediction", alt)

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import os
 import statistics
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -507,8 +508,8 @@ def number_of(count, noun):
 def compare_runs(saved):
     """Return a table of runs, a list of `runs.SavedRun`, oldest first, below a description of the first one.
 
-    *Mean* and *min* are those of the last five test accuracies, and *from* is the epoch from which all are at
-    least 99.4 %.
+    *Mean* and *min* are those of the last five test accuracies, *from* is the epoch from which all are at
+    least 99.4 %, and *recorded* compares the mean with those of the recorded runs of the network.
     """
     if not saved:
         return Markdown("There are no runs yet.")
@@ -516,10 +517,11 @@ def compare_runs(saved):
     rows = []
     for run in saved:
         completed = f"{run.history.completed} of {run.summary['epochs']}"
-        rows.append([run.name, describe_differences(run, first), completed, *result_cells([run.history])])
-    table = markdown_table(["run", "differs from the first run in", "epochs", "mean", "min", "from"], rows)
+        results = [*result_cells([run.history]), compare_with_recorded(run)]
+        rows.append([run.name, describe_differences(run, first), completed, *results])
+    titles = ["run", "differs from the first run in", "epochs", "mean", "min", "from", "recorded"]
     description = "; ".join(f"{name}: {value}" for name, value in first.summary.items())
-    return Markdown(f"The first run, {first.name}: {description}.\n\n{table}")
+    return Markdown(f"The first run, {first.name}: {description}.\n\n{markdown_table(titles, rows)}")
 
 
 def describe_differences(run, first):
@@ -534,23 +536,18 @@ def describe_differences(run, first):
     return "; ".join(parts)
 
 
-def compare_with_recorded(saved):
-    """Return a line per run that says whether it is in the range of the recorded runs of its network."""
-    lines = []
-    for run in saved:
-        if run.recorded:
-            mean = mean_of_last_epochs(run.history)
-            means = list(map(mean_of_last_epochs, run.recorded))
-            position = "inside"
-            if mean < min(means):
-                position = f"{min(means) - mean:.2f} points below"
-            elif mean > max(means):
-                position = f"{mean - max(means):.2f} points above"
-            lines.append(
-                f"{run.name}: mean {mean:.2f} %, {position} the range of the {len(means)} recorded runs,"
-                f" {min(means):.2f} to {max(means):.2f} %"
-            )
-    return "\n".join([*lines, "One run is one sample."])
+def compare_with_recorded(run):
+    """Return where the mean of a run is, compared with the range of the recorded runs, if there are any."""
+    if not run.recorded:
+        return ""
+    mean = mean_of_last_epochs(run.history)
+    means = list(map(mean_of_last_epochs, run.recorded))
+    position = "inside"
+    if mean < min(means):
+        position = f"{min(means) - mean:.2f} below"
+    elif mean > max(means):
+        position = f"{mean - max(means):.2f} above"
+    return f"{position} {min(means):.2f} to {max(means):.2f}"
 
 
 def plot_runs(saved):
@@ -628,14 +625,13 @@ def plot_confusion(confusion, title):
     show_figure(figure, "confusion", f"{title}: confusion matrix with {count}")
 
 
-def most_confused(confusion):
+def most_confused(mistakes):
     """Return the three most confused pairs of digits as text, one line per pair.
 
-    `confusion` `(10, 10)` counts images by true (row) and predicted (column) digit.
+    4 predicted as 9 and 9 predicted as 4 are the same pair. `mistakes` is a list of `Prediction`.
     """
-    both_ways = (confusion + confusion.T).triu(diagonal=1)  # 4 predicted as 9, and 9 as 4
-    pairs = sorted(both_ways.nonzero(), key=lambda pair: both_ways[tuple(pair)], reverse=True)
+    pairs = Counter(tuple(sorted((mistake.target, mistake.predicted))) for mistake in mistakes)
     lines = []
-    for one, other in pairs[:3]:
-        lines.append(f"{one} and {other}: {number_of(both_ways[one, other].item(), 'image')}")
+    for (one, other), count in pairs.most_common(3):
+        lines.append(f"{one} and {other}: {number_of(count, 'image')}")
     return "\n".join(lines) or "no digits were confused"

@@ -417,12 +417,9 @@ class Run:
         with zipfile.ZipFile(buffer, "a") as archive:
             archive.writestr(REPORT, json.dumps(report))
         content = buffer.getvalue()
-        try:
-            if self.path.name in os.listdir(self.path.parent) and self.path.read_bytes() != self._content:
-                self.path = numbered(self._first_path, last_number(self._first_path) + 1)
-            write_file(self.path, content)
-        except OSError as error:
-            raise OSError(cannot_write(self.path, error)) from None
+        if self.path.name in os.listdir(self.path.parent) and self.path.read_bytes() != self._content:
+            self.path = numbered(self._first_path, last_number(self._first_path) + 1)
+        write_file(self.path, content)
         self._content = content
 
 
@@ -430,27 +427,15 @@ class Run:
 
 
 def prepare_path(path):
-    """Return the path of a checkpoint without links and `~`; create its folder.
+    """Return the path of a checkpoint without links and `~`, and create its folder.
 
-    A folder that cannot be used is reported before anything is trained. A link to a file stays a link.
-    Raise OSError, naming the remedy, if there is no such folder.
+    A link to a file stays a link. Raise OSError if the folder cannot be used, before anything is trained.
     """
     path = Path(path).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path = path.resolve()
-        os.listdir(path.parent)
-    except OSError as error:
-        raise OSError(cannot_write(path, error)) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path = path.resolve()
+    os.listdir(path.parent)  # fails where a link leads to a drive that is not mounted
     return path
-
-
-def cannot_write(path, error):
-    """Return the message for an OSError of a checkpoint."""
-    return (
-        f"cannot write the checkpoint {path} ({error.strerror}): free disk space, fix the permissions, or set"
-        " CHECKPOINTS to another folder and copy the last checkpoint there"
-    )
 
 
 def numbered(path, number):

@@ -6,8 +6,8 @@
 README.md in this folder describes the variants. A round measures the variants of a model one after another,
 in random order, and adds a row for each to the file. One more round, before the others, is not recorded, so
 that one-time costs are not included. Rounds of several calls with one processor are evaluated together.
-Nothing else should run on the machine. The environment variables OMP_NUM_THREADS and GOMP_SPINCOUNT (see
-common.py) can be set to compare their values.
+Nothing else should run on the machine. The environment variables OMP_NUM_THREADS, GOMP_SPINCOUNT (see
+common.py) and MALLOC_TRIM_THRESHOLD_ (see README.md in this folder) can be set to compare their values.
 """
 
 import argparse
@@ -120,6 +120,7 @@ def main():
                     "variant": variant,
                     "images": len(train_set),
                     "spincount": os.environ.get("GOMP_SPINCOUNT", ""),
+                    "trim_threshold": os.environ.get("MALLOC_TRIM_THRESHOLD_", ""),
                     "seconds": f"{measure(name, variant, train_set, device):.3f}",
                 }
                 rows.append(row | describe_machine(device))

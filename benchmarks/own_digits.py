@@ -34,6 +34,7 @@ TABLE = 95
 PAGE_SIDE = 640  # of a page, in pixels
 DIGIT_SIDE = 320  # longest side of the digit on it, in pixels
 MNIST_SHARE = 20 / 28  # share of an MNIST image that its digit takes
+BLANK_PAGE = torch.full((PAGE_SIDE, PAGE_SIDE), float(PAPER))
 
 
 def uniform(random, low, high):
@@ -49,10 +50,6 @@ def choose(random, choices):
 # ---- pages: digits written on paper, as float tensors (H, W) of brightness ----
 
 
-def blank_page():
-    return torch.full((PAGE_SIDE, PAGE_SIDE), float(PAPER))
-
-
 def write_digit(image, size=DIGIT_SIDE, ink=PEN, shift=(0, 0), degrees=0):
     """Return a page with a 28×28 digit, white on black, in its middle, or `shift` pixels down and right."""
     side = round(size / MNIST_SHARE)
@@ -62,37 +59,35 @@ def write_digit(image, size=DIGIT_SIDE, ink=PEN, shift=(0, 0), degrees=0):
     return PAPER + (ink - PAPER) * pil_to_tensor(coverage)[0].float() / 255
 
 
-def along(page, angle):
+def along(angle):
     """Return each pixel's place `(H, W)` in the direction `angle` in radians, from 0 to 1 across the page."""
-    height, width = page.shape
-    y = torch.arange(height)[:, None]
-    x = torch.arange(width)
-    place = x * math.cos(angle) + y * math.sin(angle)
+    side = torch.arange(PAGE_SIDE)
+    place = side * math.cos(angle) + side[:, None] * math.sin(angle)
     return (place - place.min()) / (place.max() - place.min())
 
 
 def fade_light(page, random):
     """Darken the page linearly, down to 0.7, in a random direction."""
-    return page * (1 - 0.3 * along(page, uniform(random, 0, 2 * math.pi)))
+    return page * (1 - 0.3 * along(uniform(random, 0, 2 * math.pi)))
 
 
 def add_shadow(page, random):
     """Darken part of the page to 0.7, with a soft edge in a random direction."""
-    place = along(page, uniform(random, 0, 2 * math.pi))
+    place = along(uniform(random, 0, 2 * math.pi))
     edge = uniform(random, 0.25, 0.75)
     return page * (0.7 + 0.3 * torch.sigmoid((place - edge) / 0.01))
 
 
 def rule(page, random):
     """Rule the page with slightly tilted lines; the darker of line and ink wins."""
-    place = along(page, math.pi / 2 + uniform(random, -0.03, 0.03))
+    place = along(math.pi / 2 + uniform(random, -0.03, 0.03))
     return torch.where(place * PAGE_SIDE % 40 < 2, page.clamp(max=175), page)
 
 
 def add_table(page, random):
     """Let the table show on one side, 8 to 15 % of the page."""
     angle = choose(random, (0, 0.5, 1, 1.5)) * math.pi + uniform(random, -0.05, 0.05)
-    return torch.where(along(page, angle) > uniform(random, 0.85, 0.92), TABLE, page)
+    return torch.where(along(angle) > uniform(random, 0.85, 0.92), TABLE, page)
 
 
 def ink_box(page):
@@ -138,8 +133,8 @@ def printed_box(images, random):
     page = write_digit(images[0], size, ink=choose(random, (PEN, PENCIL)))
     top, bottom, left, right = ink_box(page)
     width = choose(random, (2, 4, 8))
-    reach = max(bottom - top, right - left) // 2
-    reach += round(uniform(random, 0.08, 0.3) * (bottom - top)) + width
+    distance = round(uniform(random, 0.08, 0.3) * (bottom - top))
+    reach = max(bottom - top, right - left) // 2 + distance + width
     middle_y = (top + bottom) // 2
     middle_x = (left + right) // 2
     picture = to_picture(page, random)
@@ -168,7 +163,7 @@ def lifted_top(images, random):
     top, bottom, _, _ = ink_box(page)
     cut = round(top + 0.3 * (bottom - top))
     gap = round(uniform(random, 0.04, 0.12) * (bottom - top))
-    return to_picture(torch.cat([page[gap:cut], blank_page()[:gap], page[cut:]]), random)
+    return to_picture(torch.cat([page[gap:cut], BLANK_PAGE[:gap], page[cut:]]), random)
 
 
 def tight_crop(images, random):
@@ -193,19 +188,18 @@ def several_digits(images, random):
     """Write one to three rows of two or three digits."""
     rows = choose(random, (1, 2, 3))
     columns = choose(random, (2, 3))
-    page = blank_page()
-    for row in range(rows):
-        for column in range(columns):
-            down = round(180 * (row - (rows - 1) / 2))
-            right = round(180 * (column - (columns - 1) / 2))
-            page = torch.minimum(page, write_digit(images[row * columns + column], 120, shift=(down, right)))
+    page = BLANK_PAGE
+    for index in range(rows * columns):
+        row, column = divmod(index, columns)
+        shift = (round(180 * (row - (rows - 1) / 2)), round(180 * (column - (columns - 1) / 2)))
+        page = torch.minimum(page, write_digit(images[index], 120, shift=shift))
     return to_picture(page, random)
 
 
 def no_digit(images, random):
     """Return a page with uneven light, a shadow, lines or the table's edge, and nothing written on it."""
     damage = choose(random, (fade_light, add_shadow, rule, add_table))
-    return to_picture(damage(blank_page(), random), random)
+    return to_picture(damage(BLANK_PAGE, random), random)
 
 
 KINDS = {
@@ -225,33 +219,36 @@ TO_BE_REJECTED = ("several digits", "blank page")
 def draw_pictures(title, test_set, count):
     """Yield `count` pictures of a kind with the image and the label of the digit, the same in every run.
 
-    Where a picture shows other digits, too, they are the following images.
+    Where a picture shows other digits, too, they are the following images. The label of a picture that is
+    to be rejected is None.
     """
     random = torch.Generator().manual_seed(0)
     if title == "top of a 5 lifted":
         test_set = test_set[test_set.labels == 5]
     for first in range(count):
         images = test_set.images[first : first + 9]
-        yield KINDS[title](images, random), images[0], test_set.labels[first].item()
+        label = test_set.labels[first].item()
+        if title in TO_BE_REJECTED:
+            label = None
+        yield KINDS[title](images, random), images[0], label
 
 
 def measure(model, name, title, test_set):
     """Return the row of own_digits.csv for one kind of picture."""
-    correct = 0
     rejected = 0
+    correct = 0
     confident_errors = 0
     for picture, _, label in draw_pictures(title, test_set, IMAGES):
         try:
-            probabilities = own_digit.predict(model, picture)
+            probability, digit = own_digit.predict(model, picture).max(dim=0)
         except ValueError:
             rejected += 1
+            correct += label is None
             continue
-        if title not in TO_BE_REJECTED and probabilities.argmax() == label:
+        if digit == label:
             correct += 1
-        elif probabilities.max() > 0.9:
+        elif probability > 0.9:
             confident_errors += 1
-    if title in TO_BE_REJECTED:
-        correct = rejected
     return {
         "pictures": title,
         "images": IMAGES,
@@ -266,9 +263,7 @@ def measure(model, name, title, test_set):
 def main():
     name, model = common.load_model(sys.argv[1])
     _, test_set = utils.load_data(standin=False)
-    rows = []
-    for title in tqdm(KINDS):
-        rows.append(measure(model, name, title, test_set))
+    rows = [measure(model, name, title, test_set) for title in tqdm(KINDS)]
     common.write_rows(rows, CSV)
 
 

@@ -246,14 +246,17 @@ def epoch_time_table(rows):
     """Return the median seconds of an epoch with all images, and this repository's relative to the others."""
     lines = []
     rows = [row for row in rows if row["images"] == "60000"]
-    for values, measured in group_by(rows, "model", "device", "processor", "threads", "busy").items():
-        model, device, processor, threads, busy = values
+    columns = ("model", "device", "processor", "threads", "busy", "trim_threshold")
+    for values, measured in group_by(rows, *columns).items():
+        model, device, processor, threads, busy, trim_threshold = values
         machine = device
         if device == "CPU" and processor:
             machine = processor
         machine += f", {plots.number_of(int(threads), 'thread')}"
         if busy == "1":
             machine += ", busy"
+        if trim_threshold:
+            machine += ", memory kept"
         groups = group_by(measured, "variant")
         seconds = numbers(groups[epoch_time.REPOSITORY,], "seconds")
         cells = [model, machine, f"{statistics.median(seconds):.1f}"]

@@ -322,25 +322,16 @@ SAVED = [
 ]
 
 
-def test_runs_are_compared_with_the_first_one():
+def test_runs_are_compared_with_the_first_and_with_the_recorded_ones():
     description, _, *table = plots.compare_runs(SAVED).data.splitlines()
     assert description == "The first run, a.pt: network: Model2; scheduler: StepLR(gamma=0.1); epochs: 15."
     assert table[2:] == [
-        "| a.pt |  | 15 of 15 | 99.42 | 99.30 | 12 |",
-        "| b.pt | scheduler: None; epochs: 5 | 5 of 5 | 99.00 | 99.00 | never |",
-        "| c.pt |  | 1 of 15 | 99.30 | 99.30 | never |",
-        "| d.pt | model.py: other text | 1 of 15 | 99.50 | 99.50 | 1 |",
+        "| a.pt |  | 15 of 15 | 99.42 | 99.30 | 12 |  |",
+        "| b.pt | scheduler: None; epochs: 5 | 5 of 5 | 99.00 | 99.00 | never | 0.20 below 99.20 to 99.40 |",
+        "| c.pt |  | 1 of 15 | 99.30 | 99.30 | never | inside 99.20 to 99.40 |",
+        "| d.pt | model.py: other text | 1 of 15 | 99.50 | 99.50 | 1 | 0.10 above 99.20 to 99.40 |",
     ]
     assert plots.compare_runs([]).data == "There are no runs yet."
-
-
-def test_runs_are_compared_with_the_range_of_the_recorded_ones():
-    assert plots.compare_with_recorded(SAVED).splitlines() == [
-        "b.pt: mean 99.00 %, 0.20 points below the range of the 2 recorded runs, 99.20 to 99.40 %",
-        "c.pt: mean 99.30 %, inside the range of the 2 recorded runs, 99.20 to 99.40 %",
-        "d.pt: mean 99.50 %, 0.10 points above the range of the 2 recorded runs, 99.20 to 99.40 %",
-        "One run is one sample.",
-    ]
 
 
 def test_runs_are_plotted_beside_the_recorded_ones(figures):
@@ -413,14 +404,10 @@ def test_confusion_matrix_is_plotted_with_counts_and_accuracies(found, figures):
 
 
 def test_most_confused_digits_are_counted_both_ways():
-    confusion = 90 * torch.eye(10, dtype=torch.long)
-    assert plots.most_confused(confusion) == "no digits were confused"
-    confusion[5, 3] = 1
-    confusion[8, 6] = 1
-    confusion[4, 9] = 3
-    confusion[9, 4] = 2
-    confusion[7, 2] = 4
-    assert plots.most_confused(confusion) == "4 and 9: 5 images\n2 and 7: 4 images\n3 and 5: 1 image"
+    pairs = [(5, 3), (4, 9), (9, 4), (4, 9), (7, 2), (2, 7), (8, 6)]
+    mistakes = [plots.Prediction(None, target, predicted, 0.5) for target, predicted in pairs]
+    assert plots.most_confused(mistakes) == "4 and 9: 3 images\n2 and 7: 2 images\n3 and 5: 1 image"
+    assert plots.most_confused([]) == "no digits were confused"
 
 
 # ---- features and receptive fields ----
