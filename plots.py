@@ -508,8 +508,9 @@ def number_of(count, noun):
 def compare_runs(saved):
     """Return a table of runs, a list of `runs.SavedRun`, oldest first, below a description of the first one.
 
-    *Mean* and *min* are those of the last five test accuracies, *from* is the epoch from which all are at
-    least 99.4 %, and *recorded* compares the mean with those of the recorded runs of the network.
+    *Differs in* is the difference from the first run. *Mean* and *min* are those of the last five test
+    accuracies, *from* is the epoch from which all are at least 99.4 %, and *recorded* compares the mean with
+    those of the recorded runs of the network.
     """
     if not saved:
         return Markdown("There are no runs yet.")
@@ -519,7 +520,7 @@ def compare_runs(saved):
         completed = f"{run.history.completed} of {run.summary['epochs']}"
         results = [*result_cells([run.history]), compare_with_recorded(run)]
         rows.append([run.name, describe_differences(run, first), completed, *results])
-    titles = ["run", "differs from the first run in", "epochs", "mean", "min", "from", "recorded"]
+    titles = ["run", "differs in", "epochs", "mean", "min", "from", "recorded"]
     description = "; ".join(f"{name}: {value}" for name, value in first.summary.items())
     return Markdown(f"The first run, {first.name}: {description}.\n\n{markdown_table(titles, rows)}")
 
@@ -537,17 +538,16 @@ def describe_differences(run, first):
 
 
 def compare_with_recorded(run):
-    """Return where the mean of a run is, compared with the range of the recorded runs, if there are any."""
+    """Return whether the mean of a run is inside, below or above the range of the recorded runs, if any."""
     if not run.recorded:
         return ""
     mean = mean_of_last_epochs(run.history)
     means = list(map(mean_of_last_epochs, run.recorded))
-    position = "inside"
     if mean < min(means):
-        position = f"{min(means) - mean:.2f} below"
-    elif mean > max(means):
-        position = f"{mean - max(means):.2f} above"
-    return f"{position} {min(means):.2f} to {max(means):.2f}"
+        return f"{min(means) - mean:.2f} below"
+    if mean > max(means):
+        return f"{mean - max(means):.2f} above"
+    return "inside"
 
 
 def plot_runs(saved):

@@ -327,9 +327,9 @@ def test_runs_are_compared_with_the_first_and_with_the_recorded_ones():
     assert description == "The first run, a.pt: network: Model2; scheduler: StepLR(gamma=0.1); epochs: 15."
     assert table[2:] == [
         "| a.pt |  | 15 of 15 | 99.42 | 99.30 | 12 |  |",
-        "| b.pt | scheduler: None; epochs: 5 | 5 of 5 | 99.00 | 99.00 | never | 0.20 below 99.20 to 99.40 |",
-        "| c.pt |  | 1 of 15 | 99.30 | 99.30 | never | inside 99.20 to 99.40 |",
-        "| d.pt | model.py: other text | 1 of 15 | 99.50 | 99.50 | 1 | 0.10 above 99.20 to 99.40 |",
+        "| b.pt | scheduler: None; epochs: 5 | 5 of 5 | 99.00 | 99.00 | never | 0.20 below |",
+        "| c.pt |  | 1 of 15 | 99.30 | 99.30 | never | inside |",
+        "| d.pt | model.py: other text | 1 of 15 | 99.50 | 99.50 | 1 | 0.10 above |",
     ]
     assert plots.compare_runs([]).data == "There are no runs yet."
 
