@@ -43,7 +43,7 @@ class Component(NamedTuple):
     width: int
     peak: torch.Tensor  # its darkest ink
     border: torch.Tensor  # number of its pixels on the picture's border
-    score: torch.Tensor  # how likely it is a digit: squared contrast along its outline; 0 if it is too wide
+    score: torch.Tensor  # squared contrast along its outline, less at the picture's border; 0 if too wide
 
 
 class Digit(NamedTuple):
@@ -176,8 +176,8 @@ def find_main(ink):
     """Return the component of the ink `(H, W)` that is the digit, or most of it, and those around it.
 
     A printed frame may be darker than pencil and remain alone at a high threshold, and it may be one
-    component with the digit at a low one. So a frame is remembered, and what has its box is left out. Raise
-    ValueError if there is no digit.
+    component with the digit at a low one. So frames are looked for at both thresholds, and what has the box
+    of one is left out. Raise ValueError if there is no digit.
     """
     components = []
     for threshold in THRESHOLDS:
@@ -199,12 +199,11 @@ def count_holes(component):
 
 def is_around(frame, inner):
     """Return whether a component encloses another one of its threshold that may be a digit."""
-    if frame.threshold != inner.threshold or inner.height <= COMPARABLE * frame.height:
-        return False
     frame_top, frame_bottom, frame_left, frame_right = frame.box
     top, bottom, left, right = inner.box
     is_inside = top > frame_top and bottom < frame_bottom and left > frame_left and right < frame_right
-    return is_inside and inner.score > 0
+    may_be_digit = inner.score > 0 and inner.height > COMPARABLE * frame.height
+    return frame.threshold == inner.threshold and is_inside and may_be_digit
 
 
 def has_same_box(component, frame):

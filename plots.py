@@ -402,9 +402,10 @@ def plot_history(history, title, augmented_epochs=None, recorded=()):
 
 
 def plot_cases(cases, name="cases", bottom=98):
-    """Plot train and test accuracies per epoch side by side, for several networks with their recorded runs.
+    """Plot train and test accuracies per epoch, for several cases of several runs side by side.
 
-    `cases` is a dictionary from title to the histories of the runs. The axis starts at `bottom` percent.
+    `cases` is a dictionary from the title of a case to the histories of its runs. The axis starts at `bottom`
+    percent. `name` is that of the figure's file.
     """
     figure, axes = plt.subplots(
         1, len(cases), figsize=(6.5, 3.4), layout="constrained", sharey=True, squeeze=False

@@ -37,7 +37,7 @@ SOURCES = ("model.py", "utils.py", "runs.py")  # files that determine a run, nex
 # Relative differences that a repeated epoch may have on another machine or on a GPU. With another order of
 # sums, train losses differed by up to 0.9 % and test losses by up to 25 % (Models 2 and 4, epochs 1 to 3).
 LIMITS = {"train_losses": 0.03, "test_losses": 0.4, "learning_rates": 0}
-RECORDED = {  # columns of benchmarks/accuracy.csv, with the fields of `History`
+RECORDED = {  # columns of benchmarks/accuracy.csv, and words of messages, with the fields of `History`
     "train_loss": "train_losses",
     "train_acc": "train_acc",
     "test_loss": "test_losses",
@@ -341,9 +341,11 @@ class Run:
         differences = []
         is_close = True
         for column, name in RECORDED.items():
+            if name == "seconds":
+                continue
             (now,) = getattr(results, name)
             before = self._repeated["history"][name][-1]
-            if now != before and name != "seconds":
+            if now != before:
                 differences.append(f"{column.replace('_', ' ')} {now:.6g} instead of {before:.6g}")
             if name in LIMITS and abs(now - before) > LIMITS[name] * abs(before):
                 is_close = False
@@ -552,7 +554,8 @@ def recorded_runs():
 
     They are a dictionary from (model, schedule) to a dictionary from seed to `History`.
     Models 2 and 3 are the same network, and Model3's learning rate never dropped: its runs are bit-identical
-    to runs of both models at a constant rate, and are returned under those keys too.
+    to runs of both models at a constant rate, and are returned under those keys too. The file is read once:
+    callers share the result and must not change it.
     """
     with open(ROOT / "benchmarks" / "accuracy.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -5,9 +5,9 @@
 
 README.md in this folder describes the variants. A round measures the variants of a model one after another,
 in random order, and adds a row for each to the file. One more round, before the others, is not recorded, so
-that one-time costs are not included. Rounds of several calls with one processor are evaluated together.
-Nothing else should run on the machine. The environment variables OMP_NUM_THREADS, GOMP_SPINCOUNT (see
-common.py) and MALLOC_TRIM_THRESHOLD_ (see README.md in this folder) can be set to compare their values.
+that one-time costs are not included. Rounds of several calls with one processor, number of threads
+and trim threshold are evaluated together. Nothing else should run on the machine. The environment variable
+OMP_NUM_THREADS can be set, and MALLOC_TRIM_THRESHOLD_ together with MALLOC_MMAP_THRESHOLD_ (see README.md).
 """
 
 import argparse

@@ -27,7 +27,8 @@ plt.rcParams["font.size"] = 11
 def plot_crossing(runs):
     """Plot the mean of the last epochs for each recipe: a line per network, and a dot per seed."""
     figure, axis = plt.subplots(figsize=(6.5, 4.8), layout="constrained")  # inches; legible on a phone
-    for column, (network, (label, color, marker)) in enumerate(zip(tables.CROSSED, STYLES, strict=True)):
+    for column, network in enumerate(tables.CROSSED):
+        label, color, marker = STYLES[column]
         means = []
         for row, schedules in enumerate(tables.CROSSING.values()):
             values = list(map(plots.mean_of_last_epochs, runs[network, schedules[column]].values()))

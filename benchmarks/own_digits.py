@@ -243,7 +243,8 @@ def measure(model, name, title, test_set):
             probability, digit = own_digit.predict(model, picture).max(dim=0)
         except ValueError:
             rejected += 1
-            correct += label is None
+            if label is None:
+                correct += 1
             continue
         if digit == label:
             correct += 1

@@ -121,7 +121,9 @@ def schedules_table(name, runs):
     described = runs[name, "described"]
     rows = []
     for schedule, histories in (("constant", constant), ("described", described)):
-        cells = [mean_and_deviation(list(map(measure, histories.values()))) for measure in MEASURES.values()]
+        cells = []
+        for measure in MEASURES.values():
+            cells.append(mean_and_deviation(list(map(measure, histories.values()))))
         rows.append([schedule, *cells, best_epochs(histories.values())])
     differences = [paired_differences(measure, described, constant) for measure in MEASURES.values()]
     rows.append(["gain", *map(gain_cell, differences), ""])

@@ -295,6 +295,6 @@ def test_download_has_a_timeout(mnist, monkeypatch):
     assert socket.getdefaulttimeout() is None
 
 
-def test_folder_that_cannot_be_created_is_reported(tmp_path, monkeypatch):
+def test_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "MNIST").touch()
     assert_not_available(tmp_path / "MNIST" / "raw", "Error")

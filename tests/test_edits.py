@@ -286,7 +286,7 @@ def test_edit_that_cannot_work_is_an_error_that_names_it(edits, message):
         Notebook(edits).train()
 
 
-def test_trained_network_is_refused_whatever_the_optimizer(capsys):
+def test_trained_network_is_refused_whatever_the_optimizer():
     """Plain SGD without a scheduler shows no trace of its steps."""
     notebook = Notebook({OPTIMIZER: "torch.optim.SGD(model.parameters(), lr=0.1)", SCHEDULER: "None"})
     create, loop = notebook.training.split("run = Run(")
