@@ -1,12 +1,24 @@
 """Helpers that several test files share."""
 
+import atexit
 import pkgutil
 from pathlib import Path
 from unittest import mock
 
 import torch
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def new_shell():
+    """Return the shell of a new kernel; errors of a cell are raised by its result."""
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))  # no file
+    shell.showtraceback = lambda *args, **options: None
+    atexit.unregister(shell.atexit_operations)  # collects garbage, once per shell
+    return shell
 
 
 def interrupt(function, call):

@@ -4,7 +4,6 @@ The cells are run as a notebook runs them: two short epochs of Model4, the first
 dictionary from a text of the cells to the text in its place; edits are made one after another.
 """
 
-import atexit
 import json
 import re
 import sys
@@ -13,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, assert_identical, interrupt
+from helpers import ROOT, assert_identical, interrupt, new_shell
 from IPython.core.interactiveshell import InteractiveShell
-from traitlets.config import Config
 
 import runs
 import utils
@@ -23,7 +21,6 @@ import utils
 NOTEBOOK = json.loads((ROOT / "S7.ipynb").read_text(encoding="utf-8"))
 CELLS = {cell["id"]: "".join(cell["source"]) for cell in NOTEBOOK["cells"]}
 BEFORE_TRAINING = ("imports-code", "settings-code", "data-code", "batch-code", "check-code")
-WITHOUT_HISTORY_FILE = Config({"HistoryManager": {"enabled": False}})
 CHECKPOINT = "runs/Model4-seed1.pt"
 
 # The texts that are edited
@@ -51,10 +48,7 @@ class Notebook:
     """A new kernel that has run the cells before training, with a few stand-in digits."""
 
     def __init__(self, edits):
-        InteractiveShell.clear_instance()
-        self.shell = InteractiveShell.instance(config=WITHOUT_HISTORY_FILE)
-        self.shell.showtraceback = lambda *args, **options: None  # the error is raised instead
-        atexit.unregister(self.shell.atexit_operations)  # collects garbage, once per shell
+        self.shell = new_shell()
         cells = "\n".join(CELLS[name] for name in BEFORE_TRAINING)
         cells += "\n#----\n" + CELLS["training-code"]
         for old, new in edits.items():
