@@ -192,6 +192,7 @@ def test_setup_shows_why_there_is_no_repository(program, capfd):
 
 def test_setup_installs_missing_packages(program, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)  # IPython would compare it with the executable
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(sys, "executable", str(program))
     set_up()
