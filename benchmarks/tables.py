@@ -85,7 +85,10 @@ CHANGES = {  # tables by name; a row is a title and its runs, given by model and
 
 def paired_differences(measure, runs, baseline):
     """Return the differences of a measure between runs with the same seed, given by seed."""
-    return [measure(runs[seed]) - measure(baseline[seed]) for seed in runs.keys() & baseline.keys()]
+    differences = []
+    for seed in runs.keys() & baseline.keys():
+        differences.append(measure(runs[seed]) - measure(baseline[seed]))
+    return differences
 
 
 def gain_cell(differences):
@@ -119,15 +122,17 @@ def schedules_table(name, runs):
     """Return the accuracy of a model per schedule, the gain of the described one, and what was published."""
     constant = runs[name, "constant"]
     described = runs[name, "described"]
-    rows = []
-    for schedule, histories in (("constant", constant), ("described", described)):
-        cells = []
-        for measure in MEASURES.values():
-            cells.append(mean_and_deviation(list(map(measure, histories.values()))))
-        rows.append([schedule, *cells, best_epochs(histories.values())])
-    differences = [paired_differences(measure, described, constant) for measure in MEASURES.values()]
-    rows.append(["gain", *map(gain_cell, differences), ""])
-    rows.append(["seeds won", *map(seeds_won, differences), ""])
+    rows = [["constant"], ["described"], ["gain"], ["seeds won"]]
+    for measure in MEASURES.values():
+        differences = paired_differences(measure, described, constant)
+        rows[0].append(mean_and_deviation(list(map(measure, constant.values()))))
+        rows[1].append(mean_and_deviation(list(map(measure, described.values()))))
+        rows[2].append(gain_cell(differences))
+        rows[3].append(seeds_won(differences))
+    rows[0].append(best_epochs(constant.values()))
+    rows[1].append(best_epochs(described.values()))
+    rows[2].append("")
+    rows[3].append("")
     if constant == described:
         rows = [["constant = described", *rows[0][1:]]]
     rows.append(["published", *PUBLISHED[name]])
@@ -141,7 +146,9 @@ def seeds_won(differences):
 
 def best_epochs(histories):
     """Return the range of the epochs in which some runs have their best test accuracy."""
-    epochs = [history.test_acc.index(max(history.test_acc)) + 1 for history in histories]
+    epochs = []
+    for history in histories:
+        epochs.append(history.test_acc.index(max(history.test_acc)) + 1)
     return f"{min(epochs)} to {max(epochs)}"
 
 
@@ -258,7 +265,7 @@ def epoch_time_table(rows):
         if busy == "1":
             machine += ", busy"
         if trim_threshold:
-            machine += ", memory kept"
+            machine += ", malloc tuning"
         groups = group_by(measured, "variant")
         seconds = numbers(groups[epoch_time.REPOSITORY,], "seconds")
         cells = [model, machine, f"{statistics.median(seconds):.1f}"]
@@ -281,7 +288,9 @@ def baseline_cell(seconds, baseline):
 def columns_table(rows):
     """Return all rows of a CSV file, without the `HIDDEN` columns."""
     columns = [column for column in rows[0] if column not in HIDDEN]
-    lines = [[row[column] for column in columns] for row in rows]
+    lines = []
+    for row in rows:
+        lines.append([row[column] for column in columns])
     return markdown_table([column.replace("_", " ") for column in columns], lines)
 
 

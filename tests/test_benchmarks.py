@@ -21,7 +21,10 @@ ABOVE_FROM_2 = [98, 99.4, 99.5, 99.7, 99.6, 99.5, 99.5]  # 99.56
 
 def histories(*accuracies):
     """Return runs with the given test accuracies, as a dictionary from seed."""
-    return {seed: runs.History(test_acc=test_acc) for seed, test_acc in enumerate(accuracies, 1)}
+    recorded = {}
+    for seed, test_acc in enumerate(accuracies, 1):
+        recorded[seed] = runs.History(test_acc=test_acc)
+    return recorded
 
 
 def test_interrupted_run_is_resumed_and_recorded_once(small, tmp_path, monkeypatch):
@@ -58,8 +61,11 @@ def test_networks_between_model2_and_model4_differ_in_one_part(model, parameters
     """Layers are given by the first letters of their classes."""
     network = accuracy.NETWORKS[model]()
     assert common.count_parameters(network) == parameters
-    leaves = [module for module in network.modules() if not list(module.children())]
-    assert "".join(type(leaf).__name__[0].lower() for leaf in leaves) == layers.replace(" ", "")
+    letters = ""
+    for module in network.modules():
+        if not list(module.children()):
+            letters += type(module).__name__[0].lower()
+    assert letters == layers.replace(" ", "")
 
 
 def test_results_are_hand_computed_values():

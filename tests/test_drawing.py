@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import os
 import re
 
@@ -257,7 +258,7 @@ def test_ink_is_what_the_screen_shows_and_network_input_that_of_find_digit(show,
     answer(field)
     ink = ink_of(field)
     assert (1 - screen_of(field.locator("svg")) - ink).abs().mean() < 0.002
-    x, y = 252 * torch.tensor(sum(strokes, [])).T  # of the pointer
+    x, y = 252 * torch.tensor(list(itertools.chain.from_iterable(strokes))).T  # of the pointer
     box = torch.stack([y.min() - 10, y.max() + 10, x.min() - 10, x.max() + 10]).clamp(0, 252)
     assert bounding_box(ink > 0.5) == pytest.approx(box.tolist(), abs=1)
     picture = Image.fromarray((255 * (1 - ink)).round().byte().numpy())
